@@ -1,0 +1,83 @@
+"""JAX for diveq_core: eager and under every transformation, x64 on or off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from diveq_core._array import safe_log
+from diveq_core.backend import Backend
+from diveq_jax.bind import quantize
+from diveq_jax.search import nearest_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core.rule import Rule
+
+
+class JaxBackend(Backend):
+    """JAX."""
+
+    def __init__(self) -> None:
+        super().__init__(jnp, "jax")
+
+    def owns(self, x: object) -> bool:
+        return isinstance(x, jax.Array)
+
+    def is_concrete(self, x: jax.Array) -> bool:
+        return not isinstance(x, jax.core.Tracer)
+
+    def place(self, x: jax.Array) -> dict[str, Any]:
+        return {}
+
+    def stop_gradient(self, x: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(x)
+
+    def standard_normal(self, function: str, z: jax.Array, rng: Any) -> jax.Array:
+        if rng is None:
+            raise TypeError(
+                f"{function}: JAX has no default random stream; expected noise= of shape {tuple(z.shape)} or "
+                f"rng=jax.random.key(seed), got neither"
+            )
+        is_key = isinstance(rng, jax.Array) and (
+            jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or rng.dtype == jnp.uint32
+        )
+        if not is_key:
+            raise TypeError(f"{function}: rng must be a JAX key for JAX arrays, got {type(rng).__name__}")
+        return jax.random.normal(rng, z.shape, z.dtype)
+
+    def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    def segment_sum(self, values: jax.Array, segments: jax.Array, count: int) -> jax.Array:
+        return jax.ops.segment_sum(values, segments, num_segments=count)
+
+    def row_keys(self, codebook: jax.Array) -> jax.Array:
+        # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.
+        bits = jax.lax.bitcast_convert_type(codebook + 0.0, jnp.uint32).reshape(codebook.shape[0], -1)
+        numbers = jnp.arange(1, bits.shape[1] + 1, dtype=jnp.uint32)
+        return jnp.sum(bits * (numbers * jnp.uint32(2654435769) | jnp.uint32(1)), axis=1, dtype=jnp.uint32)
+
+    def take_rows(self, codebook: jax.Array, indices: jax.Array) -> jax.Array:
+        return codebook.at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    def search(self, z: jax.Array, codebook: jax.Array) -> jax.Array:
+        return nearest_rows(self.stop_gradient(z), self.stop_gradient(codebook))
+
+    def bind(
+        self, rule: Rule, z: jax.Array, codebook: jax.Array, indices: jax.Array, noise: jax.Array | None
+    ) -> jax.Array:
+        return quantize(rule, z, codebook, indices, noise)
+
+    def log_radius_gradients(
+        self, r: Callable[[Any, Any], Any], q: jax.Array, z: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        log_r, pullback = jax.vjp(lambda q, z: safe_log(self, r(q, z)), q, z)
+        to_q, to_z = pullback(jnp.ones_like(log_r))
+        return to_q, to_z
+
+
+backend = JaxBackend()

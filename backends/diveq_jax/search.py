@@ -1,0 +1,47 @@
+"""The search, compiled, with a rule for ``jax.vmap`` that keeps its memory bounded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diveq_core import search
+from diveq_core.registry import backend_of
+
+
+@jax.custom_batching.custom_vmap
+def nearest_rows(z: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Index of the nearest codeword, (N, D), (K, D) -> (N,) int32; -1 for a row that is not finite."""
+    return _nearest_rows(z, codebook)
+
+
+@nearest_rows.def_vmap
+def _(axis_size: int, in_batched: list[bool], z: jax.Array, codebook: jax.Array) -> tuple[jax.Array, bool]:
+    if not in_batched[1]:
+        return nearest_rows(z.reshape(-1, z.shape[-1]), codebook).reshape(z.shape[:2]), True
+    if not in_batched[0]:
+        z = jnp.broadcast_to(z, (axis_size, *z.shape))
+    return jax.lax.map(lambda pair: nearest_rows(*pair), (z, codebook)), True
+
+
+@jax.jit
+def _nearest_rows(z: jax.Array, codebook: jax.Array) -> jax.Array:
+    lib = backend_of("nearest", z=z)
+    dtype = lib.compute_dtype(jnp.result_type(z.dtype, codebook.dtype))
+    codebook = codebook.astype(dtype)
+    centre, inverse_scale = search.frame(lib, codebook)
+    extended = search.extended_codebook(lib, codebook, centre, inverse_scale)
+    canonical = search.first_copies(lib, codebook)
+
+    def chunk(rows: Any) -> Any:
+        y = (rows.astype(dtype) - centre) * inverse_scale
+        scores = lib.matmul(jnp.concatenate([y, jnp.ones_like(y[:, :1])], axis=1), extended.T)
+        finite = jnp.isfinite(jnp.min(scores, axis=1))
+        return jnp.where(finite, canonical[jnp.argmin(scores, axis=1)], -1)
+
+    rows = search.rows_per_chunk(lib, codebook.shape[0])
+    whole = z.shape[0] // rows * rows
+    found = jax.lax.map(chunk, z[:whole].reshape(-1, rows, z.shape[1])).reshape(whole)
+    return jnp.concatenate([found, chunk(z[whole:])])

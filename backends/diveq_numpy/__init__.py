@@ -1,0 +1,56 @@
+"""NumPy for diveq_core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diveq_core.backend import Backend
+
+
+class NumPyBackend(Backend):
+    """NumPy: values are free to read, so NaN and infinity are refused."""
+
+    checks_finite = True
+
+    def __init__(self) -> None:
+        super().__init__(np, "numpy")
+
+    def owns(self, x: object) -> bool:
+        return isinstance(x, np.ndarray)
+
+    def all_finite(self, x: np.ndarray) -> bool:
+        # A sum is one pass without a temporary; only its overflow needs the second look.
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.sum(x)
+        return bool(np.isfinite(total)) or bool(np.isfinite(x).all())
+
+    def standard_normal(self, function: str, z: np.ndarray, rng: Any) -> np.ndarray:
+        if rng is None:
+            # The stream that np.random.seed governs: what "default" means to NumPy's users.
+            drawn = np.random.standard_normal(z.shape)  # noqa: NPY002
+        elif isinstance(rng, np.random.Generator):
+            drawn = rng.standard_normal(z.shape, dtype=self.compute_dtype(z.dtype))
+        else:
+            raise TypeError(
+                f"{function}: rng must be a numpy.random.Generator for NumPy arrays, got {type(rng).__name__}"
+            )
+        return drawn.astype(z.dtype, copy=False)
+
+    def segment_sum(self, values: np.ndarray, segments: np.ndarray, count: int) -> np.ndarray:
+        total = np.zeros((count, values.shape[1]), dtype=values.dtype)
+        order = np.argsort(segments, kind="stable")
+        ordered = segments[order]
+        if ordered.size:
+            starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+            total[ordered[starts]] = np.add.reduceat(values[order], starts, axis=0)
+        return total
+
+    def take_rows(self, codebook: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        if indices.size and indices.min() < 0:
+            return super().take_rows(codebook, indices)
+        return codebook[indices]
+
+
+backend = NumPyBackend()

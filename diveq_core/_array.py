@@ -1,0 +1,156 @@
+"""Checks, dtypes and overflow-free row geometry, in array API functions only."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diveq_core.backend import Backend
+
+Array = Any
+"""An array of any supported library."""
+
+
+def describe(x: object) -> str:
+    """``module.type`` of an object, for error texts."""
+    kind = type(x)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_floating(lib: Backend, function: str, **arrays: Array) -> None:
+    """Refuse dtypes that are not real floating point."""
+    for name, x in arrays.items():
+        if not lib.is_floating(x):
+            raise TypeError(
+                f"{function}: {name} must have a real floating dtype (float16, bfloat16, float32 or "
+                f"float64), got {x.dtype}"
+            )
+
+
+def check_pair(lib: Backend, function: str, z: Array, codebook: Array) -> None:
+    """Check the shapes and dtypes of ``z`` (..., D) and ``codebook`` (K, D)."""
+    check_floating(lib, function, z=z, codebook=codebook)
+    check_codebook(function, codebook)
+    if z.ndim < 1 or z.shape[-1] != codebook.shape[-1]:
+        raise ValueError(
+            f"{function}: z must have shape (..., D) with D = {codebook.shape[-1]} as in the codebook "
+            f"{tuple(codebook.shape)}, got {tuple(z.shape)}"
+        )
+
+
+def check_codebook(function: str, codebook: Array) -> None:
+    """Check that a codebook is (K, D) with K and D at least 1."""
+    if codebook.ndim != 2 or codebook.shape[0] < 1 or codebook.shape[1] < 1:
+        raise ValueError(
+            f"{function}: codebook must have shape (K, D) with K >= 1 and D >= 1, got {tuple(codebook.shape)}"
+        )
+
+
+def check_shape(function: str, name: str, x: Array, shape: tuple[int, ...], like: str) -> None:
+    """Check that ``x`` has exactly the given shape."""
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{function}: {name} must have the shape of {like}, {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def check_finite(lib: Backend, function: str, **arrays: Array) -> None:
+    """Refuse NaN and infinity; reads values, so it synchronises on a device."""
+    for name, x in arrays.items():
+        if not lib.is_concrete(x):
+            raise ValueError(
+                f"{function}: check_finite=True reads the values of {name}, which have none while being "
+                f"traced; check outside the traced function, or pass check_finite=False"
+            )
+        if not lib.all_finite(x):
+            raise ValueError(f"{function}: {name} must be finite, got NaN or infinity in {name}")
+
+
+def check_option(owner: object, name: str, *, above: float | None = None, at_least: float | None = None) -> None:
+    """Check that a frozen dataclass's field is a finite real number in range, and make it a float.
+
+    A plain float takes the dtype of the arrays it meets, which a NumPy scalar would not.
+    """
+    function, value = type(owner).__name__, getattr(owner, name)
+    bound = (
+        "" if above is None and at_least is None else f" {'>' if at_least is None else '>='} {above or at_least or 0:g}"
+    )
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{function}: {name} must be a real number{bound}, got {describe(value)}")
+    number = float(value)
+    too_low = (above is not None and number <= above) or (at_least is not None and number < at_least)
+    if not math.isfinite(number) or too_low:
+        raise ValueError(f"{function}: {name} must be finite{bound and ' and' + bound}, got {number}")
+    object.__setattr__(owner, name, number)
+
+
+def row_scale(lib: Backend, x: Array) -> Array:
+    """Exact power of two, (N, 1), that makes the squares of a row's entries representable.
+
+    Products of it round nothing, so scaling by it changes no digit of the result.
+    """
+    xp = lib.xp
+    half_range = 80.0 if x.dtype == xp.float32 else 600.0
+    limit = 2.0 ** (half_range / 2)
+    largest = xp.max(xp.abs(lib.stop_gradient(x)), axis=-1, keepdims=True)
+    one = xp.ones_like(largest)
+    return xp.where(largest < 1 / limit, one * 2.0**half_range, xp.where(largest > limit, one * 2.0**-half_range, one))
+
+
+def one_where(lib: Backend, condition: Array, x: Array) -> Array:
+    """``x`` with 1 where the condition holds: a divisor, or the argument of a root or logarithm."""
+    return lib.xp.where(condition, lib.xp.ones_like(x), x)
+
+
+def zero_rows(lib: Backend, condition: Array, x: Array) -> Array:
+    """``x`` (N, D) with zero in the rows where the condition (N, 1) holds, its derivatives likewise."""
+    return lib.xp.where(condition, lib.xp.zeros_like(x), x)
+
+
+def polar(lib: Backend, x: Array) -> tuple[Array, Array]:
+    """Length (N, 1) and direction (N, D) of each row; a zero row has length 0 and direction 0.
+
+    The derivative at a zero row is zero rather than NaN, in every order: the square root never sees
+    a zero. Rows are brought to order one by a power of two first, so nothing overflows or underflows.
+    """
+    xp = lib.xp
+    scale = row_scale(lib, x)
+    y = x * scale
+    squared = xp.sum(y * y, axis=-1, keepdims=True)
+    zero = squared == 0
+    length = xp.sqrt(one_where(lib, zero, squared))
+    return zero_rows(lib, zero, length / scale), zero_rows(lib, zero, y / length)
+
+
+def safe_inverse(lib: Backend, rho: Array) -> Array:
+    """1 / rho, with 0 read as the smallest normal number so that nothing becomes infinite."""
+    xp = lib.xp
+    tiny = float(xp.finfo(rho.dtype).smallest_normal)
+    return 1 / xp.where(rho < tiny, xp.full_like(rho, tiny), rho)
+
+
+def safe_log(lib: Backend, r: Array) -> Array:
+    """ln r, with ln 0 read as 0 and its derivative there as 0."""
+    return lib.xp.log(one_where(lib, r == 0, r))
+
+
+def dot(lib: Backend, a: Array, b: Array) -> Array:
+    """Row-wise inner product, (N, D), (N, D) -> (N, 1)."""
+    return lib.xp.sum(a * b, axis=-1, keepdims=True)
+
+
+def power_of_two(lib: Backend, x: Array) -> Array:
+    """Largest normal power of two not above a positive 0-d array; 1 for zero and non-finite input.
+
+    Built from comparisons, so it is exact also where a library's ``exp2`` or ``pow`` is not.
+    """
+    xp = lib.xp
+    # Greedy steps adding up to the smallest normal exponent, so that no product is subnormal.
+    steps = (63, 32, 16, 8, 4, 2, 1) if x.dtype == xp.float32 else (511, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+    one = xp.ones_like(x)
+    up = down = one
+    for step in steps:
+        up = xp.where(x >= up * 2.0**step, up * 2.0**step, up)
+        down = xp.where(x < down * 2.0**-step * 2, down * 2.0**-step, down)
+    usable = xp.isfinite(x) & (x > 0)
+    return xp.where(usable, xp.where(x >= 1, up, down), one)

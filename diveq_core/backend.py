@@ -1,0 +1,155 @@
+"""What the library needs of an array library: the array API standard, and the few things it lacks.
+
+`Backend` is written against the standard alone and serves any library that follows it. A backend in
+``backends/`` derives from it, and a package outside this repository may do the same: publish an instance
+under the entry-point group ``diveq_core.backends``, keyed by the library's name.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diveq_core import search
+from diveq_core._array import Array, describe
+from diveq_core.segments import segment_sum
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core.rule import Rule
+
+
+class Backend:
+    """One array library, by the standard alone: same numbers as any other, no automatic differentiation.
+
+    Parameters
+    ----------
+    xp : module
+        The library's array API namespace.
+    name : str
+        The library's name in error texts.
+    """
+
+    checks_finite: bool = False
+    """Whether reading values is free, so that NaN and infinity are refused by default."""
+
+    scores_per_chunk: int = 1 << 19
+    """Scores of the search that exist at a time: 2 MiB in float32, still in cache when read back."""
+
+    def __init__(self, xp: Any, name: str) -> None:
+        self.xp = xp
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<diveq_core backend {self.name}>"
+
+    def owns(self, x: object) -> bool:
+        """Whether ``x`` is an array of this library."""
+        namespace = getattr(x, "__array_namespace__", None)
+        return namespace is not None and namespace() is self.xp
+
+    # Values and dtypes
+
+    def is_floating(self, x: Array) -> bool:
+        """Whether the dtype is real floating point, the 16-bit ones included."""
+        if hasattr(self.xp, "isdtype"):
+            return bool(self.xp.isdtype(x.dtype, "real floating"))
+        return bool(self.xp.issubdtype(x.dtype, self.xp.floating))
+
+    def is_integer(self, x: Array) -> bool:
+        """Whether the dtype is an integer one."""
+        if hasattr(self.xp, "isdtype"):
+            return bool(self.xp.isdtype(x.dtype, "integral"))
+        return bool(self.xp.issubdtype(x.dtype, self.xp.integer))
+
+    def is_concrete(self, x: Array) -> bool:
+        """Whether ``x`` has values now, that is, is not being traced."""
+        return True
+
+    def all_finite(self, x: Array) -> bool:
+        """Whether no entry is NaN or infinite."""
+        return bool(self.xp.all(self.xp.isfinite(x)))
+
+    def result_dtype(self, a: Array, b: Array) -> Any:
+        """Dtype of an operation on both."""
+        return a.dtype if a.dtype == b.dtype else self.xp.result_type(a.dtype, b.dtype)
+
+    def compute_dtype(self, dtype: Any) -> Any:
+        """Dtype in which norms and distances are computed: at least float32."""
+        return self.xp.float64 if dtype == getattr(self.xp, "float64", None) else self.xp.float32
+
+    def astype(self, x: Array, dtype: Any) -> Array:
+        """``x`` in ``dtype``, without a copy where it has it already."""
+        return x if x.dtype == dtype else self.xp.astype(x, dtype)
+
+    def place(self, x: Array) -> dict[str, Any]:
+        """Keyword arguments that make a creation function put its array where ``x`` is."""
+        device = getattr(x, "device", None)
+        return {} if device is None else {"device": device}
+
+    def like(self, values: Array, x: Array) -> Array:
+        """A constant (an array of this library or of NumPy) with the dtype and on the device of ``x``."""
+        if self.owns(values):
+            return self.astype(values, x.dtype)
+        return self.xp.asarray(values.tolist(), dtype=x.dtype, **self.place(x))
+
+    def stop_gradient(self, x: Array) -> Array:
+        """``sg[x]``: the same values, through which no derivative flows."""
+        return x
+
+    # What the standard lacks
+
+    def standard_normal(self, function: str, z: Array, rng: Any) -> Array:
+        """Standard normal numbers with the shape of ``z``, drawn from ``rng`` or the default stream."""
+        if not hasattr(rng, "standard_normal"):
+            raise TypeError(
+                f"{function}: {self.name} has no random generator known here; pass noise= (standard normal, "
+                f"of shape {tuple(z.shape)}), or as rng= an object with a method standard_normal(shape), "
+                f"got {describe(rng)}"
+            )
+        drawn = rng.standard_normal(tuple(z.shape)).tolist()
+        return self.astype(self.xp.asarray(drawn, dtype=self.compute_dtype(z.dtype)), z.dtype)
+
+    def matmul(self, a: Array, b: Array) -> Array:
+        """Matrix product in the full precision of its inputs."""
+        return self.xp.matmul(a, b)
+
+    def segment_sum(self, values: Array, segments: Array, count: int) -> Array:
+        """Sum of the rows of ``values`` (N, D) that share a segment, (count, D); repeats add up.
+
+        Rows whose segment is negative are dropped.
+        """
+        return segment_sum(self, values, segments, count)
+
+    def row_keys(self, codebook: Array) -> Array:
+        """A number for each row, (K,), equal for equal rows and almost never for others."""
+        xp = self.xp
+        numbers = xp.arange(1, codebook.shape[1] + 1, **self.place(codebook))
+        # Any direction serves that no symmetry of real codebooks shares.
+        direction = xp.sin(xp.astype(numbers, codebook.dtype) * 12.9898)
+        return xp.sum(codebook * direction, axis=1)
+
+    def take_rows(self, codebook: Array, indices: Array) -> Array:
+        """``codebook[indices]``, (N,) -> (N, D); a negative index gives a row of NaN."""
+        xp = self.xp
+        count, width = codebook.shape
+        missing = xp.full((1, width), float("nan"), dtype=codebook.dtype, **self.place(codebook))
+        padded = xp.concat([codebook, missing])
+        return xp.take(padded, xp.where(indices < 0, xp.full_like(indices, count), indices), axis=0)
+
+    def search(self, z: Array, codebook: Array) -> Array:
+        """Index of the nearest codeword, (N, D), (K, D) -> (N,); -1 for a row that is not finite."""
+        return search.nearest_rows(self, z, codebook)
+
+    # Binding to the library's automatic differentiation
+
+    def bind(self, rule: Rule, z: Array, codebook: Array, indices: Array, noise: Array | None) -> Array:
+        """``rule.forward``, differentiable in this library by ``rule.pullback`` and ``rule.pushforward``."""
+        return rule.forward(z, codebook, indices, noise)
+
+    def log_radius_gradients(self, r: Callable[[Array, Array], Array], q: Array, z: Array) -> tuple[Array, Array]:
+        """Gradients of ln r(q, z) to q and z by the library's automatic differentiation."""
+        raise TypeError(
+            f"Radial: {self.name} has no automatic differentiation, so a radius given by its value alone has no "
+            f"gradient there; expected log_gradients(q, z) -> (d ln r/dq, d ln r/dz) besides r, got None"
+        )

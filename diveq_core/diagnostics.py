@@ -1,0 +1,221 @@
+r"""What the radial term does to a training step, and how the codebook is used.
+
+To first order :math:`\langle g, q - z\rangle = L(z_q) - L(z)`, the price of quantizing; and training with a radius r
+equals straight-through plus :math:`\operatorname{sg}[\langle g, q - z\rangle] \ln r`, which pulls q and z together
+exactly where that coefficient is positive. (Su Jianlin, "DiVeQ: a very concise VQ training scheme", 2025-10-08.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from diveq_core._array import Array, check_floating, check_shape
+from diveq_core.estimators import Radial
+from diveq_core.registry import backend_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core.backend import Backend
+    from diveq_core.radius import Radius
+
+
+def coefficient(g: Array, z: Array, q: Array, /) -> Array:
+    r"""Coefficient of the radial term, per vector: the first-order price of quantizing it.
+
+    .. math:: c = \langle g, q - z\rangle
+
+    Parameters
+    ----------
+    g : array (..., D)
+        Cotangent of the quantizer's output, dL/dz_q.
+    z : array (..., D)
+        Vectors before quantization.
+    q : array (..., D)
+        Their codewords, as `lookup` gives them.
+
+    Returns
+    -------
+    array (...)
+        In the result dtype, computed in at least float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If libraries, dtypes or shapes do not agree.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> g, z, q = np.array([[1.0, 1.0], [1.0, -1.0]]), np.zeros((2, 2)), np.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> dq.coefficient(g, z, q)
+    array([ 1., -2.])
+    """
+    lib = _check_rows("coefficient", g=g, z=z, q=q)
+    dtype = lib.compute_dtype(lib.result_dtype(z, q))
+    products = lib.astype(g, dtype) * (lib.astype(q, dtype) - lib.astype(z, dtype))
+    return lib.astype(lib.xp.sum(products, axis=-1), lib.result_dtype(z, q))
+
+
+def positive_share(g: Array, z: Array, q: Array, /) -> Array:
+    r"""Share of vectors that the radial term pulls towards their codeword.
+
+    .. math:: \frac1N\,|\{n : \langle g_n, q_n - z_n\rangle > 0\}|
+
+    Parameters are those of `coefficient`.
+
+    Returns
+    -------
+    array ()
+        In [0, 1], float32 or wider; NaN for an empty batch.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> g, z, q = np.array([[1.0, 1.0], [1.0, -1.0]]), np.zeros((2, 2)), np.array([[1.0, 0.0], [0.0, 2.0]])
+    >>> float(dq.positive_share(g, z, q))
+    0.5
+    """
+    c = coefficient(g, z, q)
+    lib = backend_of("positive_share", c=c)
+    positive = lib.astype(c > 0, lib.compute_dtype(c.dtype))
+    return lib.xp.sum(positive) / (math.prod(c.shape) or math.nan)
+
+
+def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Array, Array], Array], /) -> Array:
+    r"""Auxiliary loss whose gradient, added to straight-through, is the radial estimator's.
+
+    .. math:: \sum_n \operatorname{sg}[\langle g_n, q_n - z_n\rangle] \ln r(q_n, z_n)
+
+    Parameters
+    ----------
+    g, z, q : array (..., D)
+        As in `coefficient`.
+    radius : Radius or callable
+        As in `Radial`.
+
+    Returns
+    -------
+    array ()
+        Differentiable to ``z`` and ``q`` in libraries that differentiate. A vector with r = 0 adds nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> g, z, q = np.array([[2.0, 0.0]]), np.zeros((1, 2)), np.array([[np.e, 0.0]])
+    >>> round(float(dq.equivalent_loss(g, z, q, dq.Power(3.0))), 6)
+    16.309691
+    """
+    lib = _check_rows("equivalent_loss", g=g, z=z, q=q)
+    dtype = lib.compute_dtype(lib.result_dtype(z, q))
+    shape = (math.prod(z.shape[:-1]), z.shape[-1])
+    rows = [lib.astype(lib.xp.reshape(x, shape), dtype) for x in (g, z, q)]
+    stopped = lib.stop_gradient(lib.xp.sum(rows[0] * (rows[2] - rows[1]), axis=-1, keepdims=True))
+    return lib.xp.sum(stopped * Radial(radius).radius.log(lib, rows[2], rows[1]))
+
+
+def usage(indices: Array, count: int, /) -> Array:
+    """How many vectors chose each codeword.
+
+    Parameters
+    ----------
+    indices : integer array (...)
+        As `nearest` gives them; -1, the mark of a vector that was not finite, counts for none.
+    count : int
+        Size K of the codebook.
+
+    Returns
+    -------
+    array (K,)
+        Whole numbers in float32, exact up to 2^24 vectors.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.usage(np.array([0, 2, 2]), 4)
+    array([1., 0., 2., 0.], dtype=float32)
+    """
+    lib = backend_of("usage", indices=indices)
+    if not lib.is_integer(indices):
+        raise TypeError(f"usage: indices must have an integer dtype, got {indices.dtype}")
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"usage: count must be an integer >= 1, got {count!r}")
+    flat = lib.xp.reshape(indices, (math.prod(indices.shape),))
+    ones = lib.xp.ones((flat.shape[0], 1), dtype=lib.xp.float32, **lib.place(indices))
+    return lib.segment_sum(ones, flat, count)[:, 0]
+
+
+def perplexity(counts: Array, /) -> Array:
+    r"""Effective number of codewords in use.
+
+    .. math:: \exp\Big(-\sum_k p_k \ln p_k\Big), \qquad p_k = n_k \Big/ \sum_j n_j
+
+    Parameters
+    ----------
+    counts : array (K,)
+        Counts or weights, as `usage` gives them, possibly summed over batches.
+
+    Returns
+    -------
+    array ()
+        Between 1 and K; NaN if nothing was counted.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> round(float(dq.perplexity(np.array([3.0, 3.0, 0.0]))), 6)
+    2.0
+    """
+    lib = backend_of("perplexity", counts=counts)
+    check_floating(lib, "perplexity", counts=counts)
+    if counts.ndim != 1:
+        raise ValueError(f"perplexity: counts must have shape (K,), got {tuple(counts.shape)}")
+    xp = lib.xp
+    counts = lib.astype(counts, lib.compute_dtype(counts.dtype))
+    total = xp.sum(counts)
+    p = counts / xp.where(total == 0, xp.full_like(total, math.nan), total)
+    return xp.exp(-xp.sum(p * xp.log(xp.where(p == 0, xp.ones_like(p), p))))
+
+
+def used_share(counts: Array, /) -> Array:
+    """Share of codewords that were chosen at least once.
+
+    Parameters
+    ----------
+    counts : array (K,)
+        As in `perplexity`.
+
+    Returns
+    -------
+    array ()
+        In [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> float(dq.used_share(np.array([3.0, 1.0, 0.0, 0.0])))
+    0.5
+    """
+    lib = backend_of("used_share", counts=counts)
+    check_floating(lib, "used_share", counts=counts)
+    if counts.ndim != 1:
+        raise ValueError(f"used_share: counts must have shape (K,), got {tuple(counts.shape)}")
+    return lib.xp.mean(lib.astype(counts > 0, lib.compute_dtype(counts.dtype)))
+
+
+def _check_rows(function: str, **arrays: Array) -> Backend:
+    lib = backend_of(function, **arrays)
+    check_floating(lib, function, **arrays)
+    z = arrays["z"]
+    for name, x in arrays.items():
+        if x.ndim < 1:
+            raise ValueError(f"{function}: {name} must have shape (..., D), got ()")
+        check_shape(function, name, x, tuple(z.shape), "z")
+    return lib

@@ -1,0 +1,239 @@
+r"""The estimators: forward, pullback (vjp) and pushforward (jvp) of each, side by side.
+
+Everything here acts row by row on ``z`` (N, D) and the chosen codewords ``q`` (N, D), with
+
+.. math:: d = q - z, \qquad \rho = \|d\|, \qquad u = d / \rho \quad (0 \text{ where } \rho = 0),
+
+``noise`` (N, D) standard normal, ``g`` the cotangent of the output and ``dz``, ``dq`` tangents. The pullbacks
+may be differentiated again: what stands under ``sg`` is held constant and everything else is free, as
+automatic differentiation of the stop-gradient expression has it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diveq_core._array import Array, check_option, describe, dot, polar
+from diveq_core.radius import CustomRadius
+
+if TYPE_CHECKING:
+    from diveq_core.backend import Backend
+
+
+class Estimator:
+    """What every estimator offers; derive from it to write one."""
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the estimator needs noise."""
+        return False
+
+    @property
+    def hard(self) -> bool:
+        """Whether the output is the codeword itself, bit for bit."""
+        return True
+
+    def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
+        """The output z_q, (N, D)."""
+        return q
+
+    def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
+        """Pullback of ``g``: (g_z, g_q), (N, D) each; None for a g_q that is zero throughout."""
+        raise TypeError(f"{describe(self)} must define vjp(lib, z, q, noise, g)")
+
+    def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
+        """Pushforward of ``dz`` and ``dq``: the tangent of z_q, (N, D)."""
+        raise TypeError(f"{describe(self)} must define jvp(lib, z, q, noise, dz, dq)")
+
+
+@dataclass(frozen=True)
+class STE(Estimator):
+    r"""Straight-through estimator.
+
+    .. math:: z_q = z + \operatorname{sg}[q - z] = q, \qquad g_z = g, \qquad g_q = 0
+
+    Notes
+    -----
+    The codebook gets no gradient: train it by an auxiliary loss or by moving averages.
+
+    References
+    ----------
+    van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", arXiv:1711.00937, section 3.2.
+    """
+
+    def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
+        return g, None
+
+    def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
+        return dz
+
+
+class _Distance(Estimator):
+    r"""The distance family :math:`z_q = z + \rho\,w` with a fixed unit direction w."""
+
+    def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
+        """The direction w, (N, D), through which no derivative flows."""
+        raise TypeError(f"{describe(self)} must define direction(lib, z, q, noise)")
+
+    def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
+        _, u = polar(lib, q - z)
+        w = lib.stop_gradient(self.direction(lib, z, q, noise))
+        g_q = dot(lib, g, w) * u
+        return g - g_q, g_q
+
+    def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
+        _, u = polar(lib, q - z)
+        w = lib.stop_gradient(self.direction(lib, z, q, noise))
+        return dz + dot(lib, u, dq - dz) * w
+
+
+@dataclass(frozen=True)
+class DiVeQDetach(_Distance):
+    r"""DiVeQ without noise: the distance times the detached true direction.
+
+    .. math:: z_q = z + \rho \operatorname{sg}[u] = q, \qquad
+              g_z = g - \langle g,u\rangle u, \qquad g_q = \langle g,u\rangle u
+
+    Notes
+    -----
+    Where :math:`\rho = 0`: g_z = g and g_q = 0. Equal to ``Radial(Power(1))``.
+
+    References
+    ----------
+    Vali, Bäckström, Solin, "DiVeQ", arXiv:2509.26469 (the limit of zero variance);
+    Su Jianlin, 2025-10-08 (the detached form).
+    """
+
+    def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
+        return polar(lib, q - z)[1]
+
+
+@dataclass(frozen=True)
+class DiVeQ(_Distance):
+    r"""DiVeQ: the distance times a detached direction near the true one.
+
+    .. math:: z_q = z + \rho\,w, \qquad
+              w = \operatorname{sg}\Big[\frac{d + \sigma\varepsilon}{\|d + \sigma\varepsilon\|}\Big], \qquad
+              g_z = g - \langle g,w\rangle u, \qquad g_q = \langle g,w\rangle u
+
+    Parameters
+    ----------
+    sigma : float
+        Standard deviation (not variance) of the noise, in the units of ``z``; finite and >= 0. The paper
+        recommends a variance of 1e-3. With 0 it is `DiVeQDetach` and draws no noise.
+
+    Notes
+    -----
+    Where :math:`\rho = 0`: z_q = z, g_z = g and g_q = 0. Large sigma tends to `NSVQ`.
+
+    References
+    ----------
+    Vali, Bäckström, Solin, "DiVeQ: Differentiable Vector Quantization Using the Reparameterization Trick",
+    arXiv:2509.26469.
+    """
+
+    sigma: float = 10**-1.5
+
+    def __post_init__(self) -> None:
+        check_option(self, "sigma", at_least=0.0)
+
+    @property
+    def noisy(self) -> bool:
+        return self.sigma > 0
+
+    @property
+    def hard(self) -> bool:
+        return self.sigma == 0
+
+    def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
+        d = q - z
+        return polar(lib, d if noise is None else d + self.sigma * noise)[1]
+
+    def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
+        if self.hard:
+            return q
+        rho, _ = polar(lib, q - z)
+        return z + rho * self.direction(lib, z, q, noise)
+
+
+@dataclass(frozen=True)
+class NSVQ(_Distance):
+    r"""Noise substitution: the distance times a random direction.
+
+    .. math:: z_q = z + \rho\,w, \qquad w = \varepsilon / \|\varepsilon\|, \qquad
+              g_z = g - \langle g,w\rangle u, \qquad g_q = \langle g,w\rangle u
+
+    Notes
+    -----
+    Where :math:`\rho = 0`: z_q = z, g_z = g and g_q = 0.
+
+    References
+    ----------
+    Vali, Bäckström, "NSVQ: Noise Substitution in Vector Quantization for Machine Learning", IEEE Access
+    10:13598, 2022.
+    """
+
+    @property
+    def noisy(self) -> bool:
+        return True
+
+    @property
+    def hard(self) -> bool:
+        return False
+
+    def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
+        return polar(lib, noise)[1]
+
+    def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
+        rho, _ = polar(lib, q - z)
+        return z + rho * self.direction(lib, z, q, noise)
+
+
+@dataclass(frozen=True)
+class Radial(Estimator):
+    r"""The general form, for any differentiable radius r(q, z).
+
+    .. math:: z_q = z + r \operatorname{sg}[d / r] = q, \qquad
+              g_z = g + \langle g,d\rangle \frac{\partial \ln r}{\partial z}, \qquad
+              g_q = \langle g,d\rangle \frac{\partial \ln r}{\partial q}
+
+    Parameters
+    ----------
+    radius : Radius or callable
+        `Power`, `PseudoHuber`, `PNorm`, `Mahalanobis`, `Cosine`, a `CustomRadius`, or r(q, z) itself.
+
+    Notes
+    -----
+    Training with it equals straight-through plus the auxiliary loss
+    :math:`\operatorname{sg}[\langle g, q - z\rangle] \ln r`. Where r = 0: g_z = g and g_q = 0.
+
+    References
+    ----------
+    Su Jianlin, "DiVeQ: a very concise VQ training scheme", 2025-10-08 (the general r(q, z)).
+    """
+
+    radius: Any
+
+    def __post_init__(self) -> None:
+        stated = hasattr(self.radius, "log") and hasattr(self.radius, "log_gradients")
+        if isinstance(self.radius, type) or not (stated or callable(self.radius)):
+            raise TypeError(
+                f"Radial: radius must be a radius such as Power(1.0), or a callable r(q, z), got {self.radius!r}"
+            )
+        if not stated:
+            object.__setattr__(self, "radius", CustomRadius(self.radius))
+
+    def _live_error(self, lib: Backend, z: Array, q: Array) -> Array:
+        r"""``sg[d / r] r``: equal to d, differentiable through r alone."""
+        log_r = self.radius.log(lib, q, z)
+        return lib.stop_gradient(q - z) * lib.xp.exp(log_r - lib.stop_gradient(log_r))
+
+    def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
+        coefficient = dot(lib, g, self._live_error(lib, z, q))
+        to_q, to_z = self.radius.log_gradients(lib, q, z)
+        return g + coefficient * to_z, coefficient * to_q
+
+    def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
+        to_q, to_z = self.radius.log_gradients(lib, q, z)
+        return dz + self._live_error(lib, z, q) * (dot(lib, to_q, dq) + dot(lib, to_z, dz))

@@ -1,0 +1,302 @@
+r"""The radii r(q, z) of the general estimator, each by ln r and its two hand-derived gradients.
+
+A radius acts on the encoder and the codebook through :math:`d(\ln r)` alone (see `Radial`), so that is
+what a radius states: ``log`` and ``log_gradients``. Every formula divides by quantities of order one only,
+and every gradient is zero, never NaN, where the radius itself is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from diveq_core._array import (
+    Array,
+    check_option,
+    describe,
+    dot,
+    one_where,
+    polar,
+    row_scale,
+    safe_inverse,
+    safe_log,
+    zero_rows,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core.backend import Backend
+
+Gradients = tuple[Array, Array]
+
+
+class Radius(Protocol):
+    """What `Radial` asks of a radius; ``q`` and ``z`` are (N, D)."""
+
+    def log(self, lib: Backend, q: Array, z: Array) -> Array:
+        """Value of ln r, (N, 1); finite also where r = 0."""
+
+    def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
+        """Gradients d(ln r)/dq and d(ln r)/dz, (N, D) each; zero where r = 0."""
+
+
+@dataclass(frozen=True)
+class Power:
+    r"""Power of the distance.
+
+    .. math:: r = \rho^\alpha, \qquad \frac{\partial \ln r}{\partial q} = \alpha \frac{d}{\rho^2}
+
+    Parameters
+    ----------
+    alpha : float
+        Finite. 0 is the straight-through estimator, 1 is DiVeQ-detach, 2 reflects.
+
+    References
+    ----------
+    Su Jianlin, "DiVeQ: a very concise VQ training scheme", 2025-10-08 (the family rho^alpha).
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_option(self, "alpha")
+
+    def log(self, lib: Backend, q: Array, z: Array) -> Array:
+        rho, _ = polar(lib, q - z)
+        return self.alpha * safe_log(lib, rho)
+
+    def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
+        rho, u = polar(lib, q - z)
+        to_q = self.alpha * u * safe_inverse(lib, rho)
+        return to_q, -to_q
+
+
+@dataclass(frozen=True)
+class PseudoHuber:
+    r"""Distance smoothed near zero.
+
+    .. math:: r = \sqrt{\rho^2 + \delta^2}, \qquad
+              \frac{\partial \ln r}{\partial q} = \frac{d}{\rho^2 + \delta^2}
+
+    Parameters
+    ----------
+    delta : float
+        Positive, in the units of ``z``. Far below ``rho`` it is DiVeQ-detach, far above straight-through.
+    """
+
+    delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_option(self, "delta", above=0.0)
+
+    def _scaled(self, lib: Backend, q: Array, z: Array) -> tuple[Array, Array, Array]:
+        """``d / s``, ``(rho^2 + delta^2) / s^2`` and ``s``, the larger of delta and the entries of d."""
+        xp = lib.xp
+        d = q - z
+        s = xp.max(xp.abs(lib.stop_gradient(d)), axis=-1, keepdims=True)
+        s = xp.where(s < self.delta, xp.full_like(s, self.delta), s)
+        d_s = d / s
+        return d_s, dot(lib, d_s, d_s) + (self.delta / s) ** 2, s
+
+    def log(self, lib: Backend, q: Array, z: Array) -> Array:
+        _, squared, s = self._scaled(lib, q, z)
+        return 0.5 * lib.xp.log(squared) + lib.xp.log(s)
+
+    def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
+        d_s, squared, s = self._scaled(lib, q, z)
+        to_q = d_s / squared / s
+        return to_q, -to_q
+
+
+@dataclass(frozen=True)
+class PNorm:
+    r"""The p-norm of the quantization error.
+
+    .. math:: r = \Big(\sum_j |d_j|^p\Big)^{1/p}, \qquad
+              \frac{\partial \ln r}{\partial q} = \frac{\operatorname{sign}(d)\,|d|^{p-1}}{\sum_j |d_j|^p}
+
+    Parameters
+    ----------
+    p : float
+        At least 1 and finite; 2 is DiVeQ-detach.
+
+    Notes
+    -----
+    A second derivative does not exist where a coordinate of d is zero and p < 2; it is taken as zero.
+    """
+
+    p: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_option(self, "p", at_least=1.0)
+
+    def _scaled(self, lib: Backend, q: Array, z: Array) -> tuple[Array, Array, Array]:
+        """``v = d / s``, ``|v|^(p-2)`` and ``s``, the largest entry of each row."""
+        xp = lib.xp
+        d = q - z
+        s = xp.max(xp.abs(lib.stop_gradient(d)), axis=-1, keepdims=True)
+        v = d / one_where(lib, s == 0, s)
+        size = xp.abs(v)
+        zero = size == 0
+        at_zero = xp.full_like(size, 1.0 if self.p == 2 else 0.0)
+        power = xp.where(zero, at_zero, one_where(lib, zero, size) ** (self.p - 2))
+        return v, power, s
+
+    def log(self, lib: Backend, q: Array, z: Array) -> Array:
+        v, power, s = self._scaled(lib, q, z)
+        return safe_log(lib, dot(lib, v * power, v)) / self.p + safe_log(lib, s)
+
+    def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
+        v, power, s = self._scaled(lib, q, z)
+        total = dot(lib, v * power, v)
+        to_q = zero_rows(lib, s == 0, v * power / one_where(lib, s == 0, total) * safe_inverse(lib, s))
+        return to_q, -to_q
+
+
+@dataclass(frozen=True, eq=False)
+class Mahalanobis:
+    r"""Length of the quantization error in a metric.
+
+    .. math:: r = \sqrt{d^\top M d}, \qquad \frac{\partial \ln r}{\partial q} = \frac{M d}{d^\top M d}
+
+    Parameters
+    ----------
+    matrix : array (D, D)
+        Positive definite, an array of NumPy or of the library of ``z``; only its symmetric part acts. It
+        is a constant: no gradient flows to it.
+
+    Raises
+    ------
+    ValueError
+        If the matrix is not square, not finite or not positive definite.
+    """
+
+    matrix: Array
+
+    def __post_init__(self) -> None:
+        from diveq_core.registry import backend_of
+
+        lib = backend_of("Mahalanobis", matrix=self.matrix)
+        shape = tuple(self.matrix.shape)
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] < 1:
+            raise ValueError(f"Mahalanobis: matrix must have shape (D, D), got {shape}")
+        if not lib.is_floating(self.matrix):
+            raise TypeError(f"Mahalanobis: matrix must have a real floating dtype, got {self.matrix.dtype}")
+        if lib.is_concrete(self.matrix):
+            if not lib.all_finite(self.matrix):
+                raise ValueError("Mahalanobis: matrix must be finite, got NaN or infinity in it")
+            smallest = float(lib.xp.min(lib.xp.linalg.eigvalsh(self._symmetric(lib, self.matrix))))
+            if smallest <= 0:
+                raise ValueError(f"Mahalanobis: matrix must be positive definite, got smallest eigenvalue {smallest:g}")
+
+    def _symmetric(self, lib: Backend, x: Array) -> Array:
+        m = lib.like(self.matrix, x)
+        return (m + lib.xp.permute_dims(m, (1, 0))) * 0.5
+
+    def _scaled(self, lib: Backend, q: Array, z: Array) -> tuple[Array, Array, Array]:
+        """``M y``, ``<y, M y>`` and the power of two ``k`` for which ``y = k d``."""
+        d = q - z
+        if d.shape[-1] != self.matrix.shape[0]:
+            raise ValueError(
+                f"Mahalanobis: matrix must have shape (D, D) with D = {d.shape[-1]} as in z, "
+                f"got {tuple(self.matrix.shape)}"
+            )
+        k = row_scale(lib, d)
+        y = d * k
+        m_y = lib.matmul(y, self._symmetric(lib, d))
+        return m_y, dot(lib, y, m_y), k
+
+    def log(self, lib: Backend, q: Array, z: Array) -> Array:
+        _, squared, k = self._scaled(lib, q, z)
+        return 0.5 * safe_log(lib, squared) - lib.xp.log(k)
+
+    def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
+        m_y, squared, k = self._scaled(lib, q, z)
+        zero = squared == 0
+        to_q = zero_rows(lib, zero, m_y / one_where(lib, zero, squared) * k)
+        return to_q, -to_q
+
+
+@dataclass(frozen=True)
+class Cosine:
+    r"""Cosine distance; it depends on q and z, not on their difference alone.
+
+    .. math:: r = 1 - \langle\hat z, \hat q\rangle, \qquad
+              \frac{\partial \ln r}{\partial q} = -\frac{\hat z - \langle\hat z,\hat q\rangle\hat q}{\|q\|\,r}
+
+    Notes
+    -----
+    Computed as :math:`r = \tfrac12\|h\|^2` with :math:`h = \hat q - \hat z`, which keeps its digits where q
+    and z almost agree. Both gradients are zero where q and z are parallel and where either is zero.
+    """
+
+    def log(self, lib: Backend, q: Array, z: Array) -> Array:
+        _, q_hat = polar(lib, q)
+        _, z_hat = polar(lib, z)
+        length, _ = polar(lib, q_hat - z_hat)
+        return 2 * safe_log(lib, length)
+
+    def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
+        q_length, q_hat = polar(lib, q)
+        z_length, z_hat = polar(lib, z)
+        length, direction = polar(lib, q_hat - z_hat)
+        h_r = 2 * direction * safe_inverse(lib, length)
+        undefined = (length == 0) | (q_length == 0) | (z_length == 0)
+        to_q = (h_r - q_hat) * safe_inverse(lib, q_length)
+        to_z = -(h_r + z_hat) * safe_inverse(lib, z_length)
+        return zero_rows(lib, undefined, to_q), zero_rows(lib, undefined, to_z)
+
+
+@dataclass(frozen=True)
+class CustomRadius:
+    r"""A radius of one's own.
+
+    Parameters
+    ----------
+    r : callable
+        ``r(q, z)``, (N, D), (N, D) -> (N,) or (N, 1), non-negative, in functions of the arrays' own library.
+    log_r_gradients : callable, optional
+        ``log_r_gradients(q, z)`` -> :math:`(\partial \ln r/\partial q, \partial \ln r/\partial z)`, (N, D) each.
+        Needed in libraries without automatic differentiation; elsewhere they derive it from ``r``.
+
+    Notes
+    -----
+    Where r is zero both gradients are taken as zero. A second derivative there is whatever the
+    library makes of the given functions.
+    """
+
+    r: Callable[[Array, Array], Array]
+    log_r_gradients: Callable[[Array, Array], Gradients] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("r", self.r), ("log_r_gradients", self.log_r_gradients or self.r)):
+            if not callable(value):
+                raise TypeError(f"CustomRadius: {name} must be callable with (q, z), got {describe(value)}")
+
+    def _value(self, q: Array, z: Array) -> Array:
+        value = self.r(q, z)
+        if tuple(value.shape) == (q.shape[0],):
+            value = value[:, None]
+        if tuple(value.shape) != (q.shape[0], 1):
+            raise ValueError(
+                f"CustomRadius: r(q, z) must have shape (N,) or (N, 1) with N = {q.shape[0]}, got {tuple(value.shape)}"
+            )
+        return value
+
+    def log(self, lib: Backend, q: Array, z: Array) -> Array:
+        return safe_log(lib, self._value(q, z))
+
+    def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
+        if self.log_r_gradients is None:
+            to_q, to_z = lib.log_radius_gradients(self._value, q, z)
+        else:
+            to_q, to_z = self.log_r_gradients(q, z)
+            for name, gradient in (("q", to_q), ("z", to_z)):
+                if tuple(gradient.shape) != tuple(q.shape):
+                    raise ValueError(
+                        f"CustomRadius: log_r_gradients(q, z) must give the gradient to {name} in the shape of "
+                        f"{name}, {tuple(q.shape)}, got {tuple(gradient.shape)}"
+                    )
+        zero = self._value(q, z) == 0
+        return zero_rows(lib, zero, to_q), zero_rows(lib, zero, to_z)

@@ -1,0 +1,91 @@
+"""Which backend serves this array? Found by entry point, imported only when its library is in use."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from array_api_compat import array_namespace
+
+from diveq_core._array import Array, describe
+from diveq_core.backend import Backend
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+GROUP = "diveq_core.backends"
+
+_backends: list[Backend] = []
+_targets: dict[str, str] = {}
+_this = sys.modules[__name__]
+
+if TYPE_CHECKING:
+    refreshed: tuple[Backend, ...]
+
+
+def __getattr__(name: str) -> Any:
+    # An attribute rather than a function: torch.compile evaluates module attributes while tracing, where it
+    # could not trace the import of a backend. So the first call ever may already be a compiled one.
+    if name == "refreshed":
+        return _load_backends()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _load_backends() -> tuple[Backend, ...]:
+    """All backends whose library has been imported by now."""
+    if not _targets:
+        _targets.update({entry.name: entry.value for entry in entry_points(group=GROUP)})
+    for library in [name for name in _targets if name in sys.modules]:
+        module, _, attribute = _targets[library].partition(":")
+        register(getattr(importlib.import_module(module), attribute))
+    return tuple(_backends)
+
+
+def register(backend: Backend) -> None:
+    """Add a backend by hand; entry points do the same for installed ones."""
+    if not isinstance(backend, Backend):
+        raise TypeError(f"register: expected a diveq_core.Backend, got {describe(backend)}")
+    if backend not in _backends:
+        _backends.append(backend)
+
+
+def backend_of(function: str, **arrays: Array) -> Backend:
+    """The one backend that serves all the arrays.
+
+    Raises
+    ------
+    TypeError
+        If one is not an array, or if they belong to different libraries.
+    """
+    served = {name: _serving(function, name, x) for name, x in arrays.items()}
+    first, *others = served.values()
+    for other in others:
+        if other is not first:
+            got = ", ".join(f"{name} of {lib.name}" for name, lib in served.items())
+            raise TypeError(f"{function}: expected all arrays of one library, got {got}")
+    return first
+
+
+def _serving(function: str, name: str, x: Array) -> Backend:
+    for backend in _backends:
+        if backend.owns(x):
+            return backend
+    for backend in _this.refreshed:
+        if backend.owns(x):
+            return backend
+    return _standard(function, name, x)
+
+
+def _standard(function: str, name: str, x: Array) -> Backend:
+    """A backend by the standard alone, for a library that has none of its own."""
+    try:
+        namespace: ModuleType = array_namespace(x)
+    except TypeError:
+        raise TypeError(
+            f"{function}: {name} must be an array of a library that follows the array API standard, got {describe(x)}"
+        ) from None
+    backend = Backend(namespace, namespace.__name__)
+    register(backend)
+    return backend

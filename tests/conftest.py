@@ -1,0 +1,127 @@
+"""One fixture, `library`, over every array library at hand; and the assertion all tests use."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "default", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@dataclass(frozen=True)
+class Library:
+    """An array library under test."""
+
+    name: str
+    to: Callable[[np.ndarray], Any] = field(repr=False)
+    """Array of the library from a NumPy array, dtype kept."""
+
+    back: Callable[[Any], np.ndarray] = field(repr=False)
+    """NumPy array from an array of the library, dtype kept (bfloat16 widened to float32)."""
+
+    float64: bool = True
+    differentiates: bool = False
+    bfloat16: Any = None
+
+
+def _read_only(x: np.ndarray) -> np.ndarray:
+    x = np.array(x)
+    x.flags.writeable = False
+    return x
+
+
+def _numpy() -> Library:
+    return Library("numpy", _read_only, np.asarray)
+
+
+def _strict() -> Library:
+    xp = pytest.importorskip("array_api_strict")
+    return Library("array_api_strict", xp.asarray, np.asarray)
+
+
+def _mlx() -> Library:
+    mx = pytest.importorskip("mlx.core", exc_type=ImportError)
+
+    def back(x: Any) -> np.ndarray:
+        return np.asarray(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
+
+    return Library("mlx", lambda x: mx.array(np.asarray(x)), back, float64=False, bfloat16=mx.bfloat16)
+
+
+def _torch() -> Library:
+    torch = pytest.importorskip("torch")
+
+    def back(x: Any) -> np.ndarray:
+        x = x.detach().cpu()
+        return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+    return Library("torch", lambda x: torch.tensor(np.array(x)), back, differentiates=True, bfloat16=torch.bfloat16)
+
+
+def _jax() -> Library:
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+    def back(x: Any) -> np.ndarray:
+        return np.asarray(x.astype("float32") if x.dtype == jax.numpy.bfloat16 else x)
+
+    # float64 exists inside jax.enable_x64(True) only; tests that need it say so.
+    return Library("jax", jax.numpy.asarray, back, float64=False, differentiates=True, bfloat16=jax.numpy.bfloat16)
+
+
+def _cupy() -> Library:
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    try:
+        cupy.zeros(1)
+    except Exception as error:  # CuPy has no common base class for a missing driver or device
+        pytest.skip(f"CuPy has no GPU: {str(error).splitlines()[0]}")
+    return Library("cupy", cupy.asarray, cupy.asnumpy)
+
+
+LIBRARIES = {
+    "numpy": _numpy,
+    "array_api_strict": _strict,
+    "mlx": _mlx,
+    "torch": _torch,
+    "jax": _jax,
+    "cupy": _cupy,
+}
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest) -> Library:
+    return LIBRARIES[request.param]()
+
+
+def library_named(name: str) -> Library:
+    """A library by name, skipping the test where it is missing."""
+    return LIBRARIES[name]()
+
+
+def assert_close(actual: Any, expected: np.ndarray, library: Library, *, rtol: float = 0.0, atol: float = 0.0) -> None:
+    """Check library, dtype, shape and values at once; the tolerance needs a reason where it is given."""
+    namespace = type(library.to(np.zeros(1, np.float32)))
+    assert isinstance(actual, namespace), f"expected an array of {library.name}, got {type(actual)}"
+    back = library.back(actual)
+    assert back.dtype == expected.dtype, f"expected dtype {expected.dtype}, got {back.dtype}"
+    assert back.shape == expected.shape, f"expected shape {expected.shape}, got {back.shape}"
+    np.testing.assert_allclose(back, expected, rtol=rtol, atol=atol)
+
+
+def importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
