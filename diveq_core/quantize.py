@@ -205,7 +205,7 @@ def vjp(
     --------
     >>> import numpy as np
     >>> import diveq_core as dq
-    >>> z, codebook = np.array([[3.0, 4.0]]), np.array([[0.0, 4.0], [9.0, 9.0]])
+    >>> z, codebook = np.array([[3.0, 4.0]]), np.array([[5.0, 4.0], [9.0, 9.0]])
     >>> out, pullback = dq.vjp(z, codebook, dq.DiVeQDetach())
     >>> g_z, g_codebook = pullback(np.array([[1.0, 2.0]]))
     >>> g_z

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 settings.register_profile(
     "default", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -31,8 +38,11 @@ class Library:
     """NumPy array from an array of the library, dtype kept (bfloat16 widened to float32)."""
 
     float64: bool = True
+    float16: bool = True
     differentiates: bool = False
     bfloat16: Any = None
+    cast: Callable[[Any, Any], Any] = field(default=lambda x, dtype: x.astype(dtype), repr=False)
+    """Array in another dtype of the library."""
 
 
 def _read_only(x: np.ndarray) -> np.ndarray:
@@ -47,7 +57,7 @@ def _numpy() -> Library:
 
 def _strict() -> Library:
     xp = pytest.importorskip("array_api_strict")
-    return Library("array_api_strict", xp.asarray, np.asarray)
+    return Library("array_api_strict", xp.asarray, np.asarray, float16=False, cast=xp.astype)
 
 
 def _mlx() -> Library:
@@ -61,12 +71,21 @@ def _mlx() -> Library:
 
 def _torch() -> Library:
     torch = pytest.importorskip("torch")
+    # The tests' tensors are too small for more, and workers of pytest-xdist share the cores.
+    torch.set_num_threads(1)
 
     def back(x: Any) -> np.ndarray:
         x = x.detach().cpu()
         return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
 
-    return Library("torch", lambda x: torch.tensor(np.array(x)), back, differentiates=True, bfloat16=torch.bfloat16)
+    return Library(
+        "torch",
+        lambda x: torch.tensor(np.array(x)),
+        back,
+        differentiates=True,
+        bfloat16=torch.bfloat16,
+        cast=lambda x, dtype: x.to(dtype),
+    )
 
 
 def _jax() -> Library:
@@ -117,6 +136,40 @@ def assert_close(actual: Any, expected: np.ndarray, library: Library, *, rtol: f
     assert back.dtype == expected.dtype, f"expected dtype {expected.dtype}, got {back.dtype}"
     assert back.shape == expected.shape, f"expected shape {expected.shape}, got {back.shape}"
     np.testing.assert_allclose(back, expected, rtol=rtol, atol=atol)
+
+
+@contextlib.contextmanager
+def float64_in(library: Library) -> Iterator[None]:
+    """float64 in the library, or a skip where it has none."""
+    if library.name == "jax":
+        import jax
+
+        with jax.enable_x64(True):
+            yield
+    elif library.float64:
+        yield
+    else:
+        pytest.skip(f"{library.name} has no float64")
+
+
+def standard_promotion() -> contextlib.AbstractContextManager[Any]:
+    """JAX's ordinary dtype promotion, for the tests that mix dtypes; all others make it strict."""
+    jax = sys.modules.get("jax")
+    return contextlib.nullcontext() if jax is None else jax.numpy_dtype_promotion("standard")
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Output of Python code in a fresh process, whose warnings are errors."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
 
 
 def importable(name: str) -> bool:
