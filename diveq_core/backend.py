@@ -121,6 +121,10 @@ class Backend:
         """
         return segment_sum(self, values, segments, count)
 
+    def stable_argsort(self, x: Array) -> Array:
+        """Indices that sort ``x`` (N,), equal entries in their order."""
+        return self.xp.argsort(x)
+
     def row_keys(self, codebook: Array) -> Array:
         """A number for each row, (K,), equal for equal rows and almost never for others."""
         xp = self.xp

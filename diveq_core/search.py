@@ -57,7 +57,7 @@ def first_copies(lib: Backend, codebook: Array) -> Array:
     """
     xp = lib.xp
     positions = xp.arange(codebook.shape[0], **lib.place(codebook))
-    order = xp.astype(xp.argsort(lib.row_keys(codebook)), positions.dtype)
+    order = xp.astype(lib.stable_argsort(lib.row_keys(codebook)), positions.dtype)
     rows = xp.take(codebook, order, axis=0)
     differs = xp.any(rows[1:, :] != rows[:-1, :], axis=1)
     group = xp.concat(

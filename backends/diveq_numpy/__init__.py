@@ -38,6 +38,10 @@ class NumPyBackend(Backend):
             )
         return drawn.astype(z.dtype, copy=False)
 
+    def stable_argsort(self, x: np.ndarray) -> np.ndarray:
+        # Unlike the standard's, NumPy's argsort is not stable unless asked.
+        return np.argsort(x, kind="stable")
+
     def segment_sum(self, values: np.ndarray, segments: np.ndarray, count: int) -> np.ndarray:
         total = np.zeros((count, values.shape[1]), dtype=values.dtype)
         order = np.argsort(segments, kind="stable")
