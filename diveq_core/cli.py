@@ -1,0 +1,64 @@
+"""The command line: options and messages. What a command does is in its own package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib  # noqa: F401  the extras are checked here, so that a missing one is said before any work
+import PIL  # noqa: F401
+import sklearn  # noqa: F401
+import typer
+
+from diveq_core.compare.settings import CompareError, Settings
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def commands() -> None:
+    """Differentiable vector quantization: experiments from the command line."""
+
+
+@app.command("compare")
+def compare_command(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Image, folder of images, or .npy; the two photographs of scikit-learn by default."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Array library: numpy, torch, jax or cupy.")] = "numpy",
+    estimators: Annotated[
+        list[str] | None, typer.Option(help="Names, repeated or separated by commas; all by default.")
+    ] = None,
+    codewords: Annotated[int, typer.Option(help="Codewords in the codebook, K.")] = Settings.codewords,
+    dim: Annotated[int, typer.Option(help="Dimension of a codeword, D.")] = Settings.dim,
+    patch: Annotated[int, typer.Option(help="Side of a patch in pixels.")] = Settings.patch,
+    warmup: Annotated[int, typer.Option(help="Steps before the codebook is made.")] = Settings.warmup,
+    steps: Annotated[int, typer.Option(help="Steps with the quantizer.")] = Settings.steps,
+    batch: Annotated[int, typer.Option(help="Patches per step.")] = Settings.batch,
+    seeds: Annotated[int, typer.Option(help="Repetitions.")] = Settings.seeds,
+    seed: Annotated[int, typer.Option(help="First seed.")] = Settings.seed,
+    learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = Settings.learning_rate,
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("compare.png"),
+    json: Annotated[Path | None, typer.Option(help="Also write the table and the loss curves as data.")] = None,
+) -> None:
+    """Train one patch autoencoder per estimator on photographs; print a table and save a picture."""
+    from diveq_core.compare.command import compare
+
+    try:
+        settings = Settings(
+            estimators=Settings.estimators if estimators is None else tuple(estimators),
+            codewords=codewords,
+            dim=dim,
+            patch=patch,
+            warmup=warmup,
+            steps=steps,
+            batch=batch,
+            seeds=seeds,
+            seed=seed,
+            learning_rate=learning_rate,
+        )
+        compare(settings, backend, data, out, json)
+    except CompareError as error:
+        typer.echo(f"compare: {error}", err=True)
+        raise typer.Exit(2) from None

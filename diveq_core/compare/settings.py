@@ -1,0 +1,82 @@
+"""The options of one comparison, checked before anything is read or trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from diveq_core.compare.recipes import RECIPES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class CompareError(ValueError):
+    """A message for the person at the terminal: what was wrong, what was expected and what was got."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to train, and for how long.
+
+    Parameters
+    ----------
+    estimators : tuple of str
+        Names from `diveq_core.compare.recipes.RECIPES`.
+    codewords, dim, patch : int
+        Size K of the codebook, dimension D of a codeword, side of a patch in pixels.
+    width : int
+        Hidden units of encoder and decoder.
+    warmup : int
+        Steps without quantization before codewords are taken from the encoder's outputs.
+    steps, batch : int
+        Steps with quantization, and patches in each.
+    seeds, seed : int
+        Number of repetitions, and the first seed.
+    learning_rate : float
+        Adam's; it falls to zero along a half cosine once codewords exist.
+    """
+
+    estimators: tuple[str, ...] = tuple(RECIPES)
+    codewords: int = 256
+    dim: int = 8
+    patch: int = 4
+    width: int = 64
+    warmup: int = 200
+    steps: int = 1000
+    batch: int = 256
+    seeds: int = 3
+    seed: int = 0
+    learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        for name in ("codewords", "dim", "patch", "width", "steps", "batch", "seeds"):
+            _check_integer(name, getattr(self, name), 1)
+        for name in ("warmup", "seed"):
+            _check_integer(name, getattr(self, name), 0)
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise CompareError(f"--learning-rate must be a finite number > 0, got {self.learning_rate}")
+        object.__setattr__(self, "estimators", chosen_estimators(self.estimators))
+
+
+def chosen_estimators(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of recipes in the order given, split at commas, each once.
+
+    Raises
+    ------
+    CompareError
+        If a name is unknown or none is given.
+    """
+    chosen = [name.strip().lower() for given in names for name in given.split(",") if name.strip()]
+    for name in chosen:
+        if name not in RECIPES:
+            raise CompareError(f"--estimators must be among {', '.join(RECIPES)}, got {name!r}")
+    if not chosen:
+        raise CompareError(f"--estimators must name at least one of {', '.join(RECIPES)}, got none")
+    return tuple(dict.fromkeys(chosen))
+
+
+def _check_integer(name: str, value: int, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise CompareError(f"--{name} must be an integer >= {at_least}, got {value}")
