@@ -19,6 +19,7 @@ GROUP = "diveq_core.backends"
 
 _backends: list[Backend] = []
 _targets: dict[str, str] = {}
+_failed: dict[str, ImportError] = {}
 _this = sys.modules[__name__]
 
 if TYPE_CHECKING:
@@ -39,16 +40,20 @@ def _load_backends() -> tuple[Backend, ...]:
         _targets.update({entry.name: entry.value for entry in entry_points(group=GROUP)})
     for library in [name for name in _targets if name in sys.modules]:
         module, _, attribute = _targets[library].partition(":")
-        register(getattr(importlib.import_module(module), attribute))
+        try:
+            register(getattr(importlib.import_module(module), attribute))
+        except ImportError as error:
+            # A library too old for its backend, say, is no hindrance to the use of another one.
+            _failed[library] = error
     return tuple(_backends)
 
 
 def register(backend: Backend) -> None:
-    """Add a backend by hand; entry points do the same for installed ones."""
+    """Add a backend by hand, before all others; entry points do the same for installed ones."""
     if not isinstance(backend, Backend):
         raise TypeError(f"register: expected a diveq_core.Backend, got {describe(backend)}")
     if backend not in _backends:
-        _backends.append(backend)
+        _backends.insert(0, backend)
 
 
 def backend_of(function: str, **arrays: Array) -> Backend:
@@ -58,6 +63,8 @@ def backend_of(function: str, **arrays: Array) -> Backend:
     ------
     TypeError
         If one is not an array, or if they belong to different libraries.
+    ImportError
+        If the library's backend cannot be imported.
     """
     served = {name: _serving(function, name, x) for name, x in arrays.items()}
     first, *others = served.values()
@@ -80,12 +87,22 @@ def _serving(function: str, name: str, x: Array) -> Backend:
 
 def _standard(function: str, name: str, x: Array) -> Backend:
     """A backend by the standard alone, for a library that has none of its own."""
+    refused = TypeError(
+        f"{function}: {name} must be an array of a library that follows the array API standard, got {describe(x)}"
+    )
     try:
         namespace: ModuleType = array_namespace(x)
     except TypeError:
-        raise TypeError(
-            f"{function}: {name} must be an array of a library that follows the array API standard, got {describe(x)}"
-        ) from None
-    backend = Backend(namespace, namespace.__name__)
+        raise refused from None
+    # "torch" of "array_api_compat.torch", "jax" of "jax.numpy".
+    for library in _targets.keys() & set(namespace.__name__.split(".")):
+        if library in _failed:
+            error = _failed[library]
+            raise ImportError(f"{function}: the backend of {library} could not be imported: {error}") from error
+        raise refused  # by the library's own backend, as NumPy's does a masked array
+    for backend in _backends:
+        if backend.xp is namespace:
+            return backend
+    backend = Backend(namespace, namespace.__name__.removeprefix("array_api_compat."))
     register(backend)
     return backend

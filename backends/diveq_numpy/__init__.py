@@ -18,7 +18,8 @@ class NumPyBackend(Backend):
         super().__init__(np, "numpy")
 
     def owns(self, x: object) -> bool:
-        return isinstance(x, np.ndarray)
+        # A mask would be ignored, and a matrix has its own products.
+        return isinstance(x, (np.ndarray, np.generic)) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
 
     def all_finite(self, x: np.ndarray) -> bool:
         # A sum is one pass without a temporary; only its overflow needs the second look.
