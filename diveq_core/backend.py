@@ -62,6 +62,11 @@ class Backend:
             return bool(self.xp.isdtype(x.dtype, "integral"))
         return bool(self.xp.issubdtype(x.dtype, self.xp.integer))
 
+    def as_indices(self, x: Array) -> Array:
+        """Integers in a dtype that the library indexes with, wide enough for any codebook."""
+        xp = self.xp
+        return x if x.dtype in (xp.int32, xp.int64) else xp.astype(x, xp.int64)
+
     def is_concrete(self, x: Array) -> bool:
         """Whether ``x`` has values now, that is, is not being traced."""
         return True

@@ -8,6 +8,7 @@ exactly where that coefficient is positive. (Su Jianlin, "DiVeQ: a very concise 
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING
 
 from diveq_core._array import Array, check_floating, check_shape
@@ -133,6 +134,13 @@ def usage(indices: Array, count: int, /) -> Array:
     array (K,)
         Whole numbers in float32, exact up to 2^24 vectors.
 
+    Raises
+    ------
+    TypeError
+        If the indices are not integers.
+    ValueError
+        If the count is not positive, or, in NumPy, an index is not below it.
+
     Examples
     --------
     >>> import numpy as np
@@ -143,11 +151,13 @@ def usage(indices: Array, count: int, /) -> Array:
     lib = backend_of("usage", indices=indices)
     if not lib.is_integer(indices):
         raise TypeError(f"usage: indices must have an integer dtype, got {indices.dtype}")
-    if not isinstance(count, int) or count < 1:
+    if not isinstance(count, numbers.Integral) or count < 1:
         raise ValueError(f"usage: count must be an integer >= 1, got {count!r}")
-    flat = lib.xp.reshape(indices, (math.prod(indices.shape),))
+    flat = lib.xp.reshape(lib.as_indices(indices), (math.prod(indices.shape),))
+    if lib.checks_finite and flat.shape[0] > 0 and int(lib.xp.max(flat)) >= count:
+        raise ValueError(f"usage: indices must lie in [-1, count) with count = {count}, got {int(lib.xp.max(flat))}")
     ones = lib.xp.ones((flat.shape[0], 1), dtype=lib.xp.float32, **lib.place(indices))
-    return lib.segment_sum(ones, flat, count)[:, 0]
+    return lib.segment_sum(ones, flat, int(count))[:, 0]
 
 
 def perplexity(counts: Array, /) -> Array:

@@ -111,7 +111,7 @@ def lookup(indices: Array, codebook: Array, /) -> Array:
     lib = backend_of("lookup", indices=indices, codebook=codebook)
     check_floating(lib, "lookup", codebook=codebook)
     check_codebook("lookup", codebook)
-    _check_indices(lib, "lookup", indices, codebook)
+    indices = _checked_indices(lib, "lookup", indices, codebook)
     rows = lib.take_rows(codebook, lib.xp.reshape(indices, (math.prod(indices.shape),)))
     return lib.xp.reshape(rows, (*indices.shape, codebook.shape[1]))
 
@@ -304,7 +304,7 @@ class _Call:
             _check_like(lib, function, "noise", noise, z, "z")
         if indices is not None:
             backend_of(function, z=z, indices=indices)
-            _check_indices(lib, function, indices, codebook)
+            indices = _checked_indices(lib, function, indices, codebook)
             check_shape(function, "indices", indices, tuple(z.shape[:-1]), "z without its last axis")
         if not estimator.noisy:
             noise = None
@@ -342,7 +342,7 @@ def _check_inputs(lib: Backend, function: str, z: Array, codebook: Array, finite
         check_finite(lib, function, z=z, codebook=codebook)
 
 
-def _check_indices(lib: Backend, function: str, indices: Array, codebook: Array) -> None:
+def _checked_indices(lib: Backend, function: str, indices: Array, codebook: Array) -> Array:
     if not lib.is_integer(indices):
         raise TypeError(f"{function}: indices must have an integer dtype, got {indices.dtype}")
     if lib.checks_finite and math.prod(indices.shape) > 0:
@@ -352,6 +352,7 @@ def _check_indices(lib: Backend, function: str, indices: Array, codebook: Array)
                 f"{function}: indices must lie in [0, K) with K = {codebook.shape[0]}, "
                 f"got values from {lowest} to {highest}"
             )
+    return lib.as_indices(indices)
 
 
 def _check_like(lib: Backend, function: str, name: str, x: Array, model: Array, like: str) -> None:

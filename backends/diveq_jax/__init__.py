@@ -27,6 +27,9 @@ class JaxBackend(Backend):
     def owns(self, x: object) -> bool:
         return isinstance(x, jax.Array)
 
+    def as_indices(self, x: jax.Array) -> jax.Array:
+        return x if x.dtype in (jnp.int32, jnp.int64) else x.astype(jnp.int32)
+
     def is_concrete(self, x: jax.Array) -> bool:
         return not isinstance(x, jax.core.Tracer)
 
