@@ -10,6 +10,8 @@ from diveq_core.registry import register
 __version__ = "0.1.0"
 
 __all__ = [
+    "NSVQ",
+    "STE",
     "Backend",
     "Cosine",
     "CustomRadius",
@@ -17,14 +19,12 @@ __all__ = [
     "DiVeQDetach",
     "Estimator",
     "Mahalanobis",
-    "NSVQ",
     "PNorm",
     "Power",
     "PseudoHuber",
     "Quantized",
     "Radial",
     "Radius",
-    "STE",
     "coefficient",
     "equivalent_loss",
     "jvp",

@@ -33,8 +33,11 @@ class Backend:
     checks_finite: bool = False
     """Whether reading values is free, so that NaN and infinity are refused by default."""
 
-    scores_per_chunk: int = 1 << 19
-    """Scores of the search that exist at a time: 2 MiB in float32, still in cache when read back."""
+    scores_per_chunk: int = 1 << 24
+    """Scores of the search that may exist at a time: 64 MiB in float32."""
+
+    rows_at_least: int = 64
+    """Rows that the search compares at a time, if so many scores may exist."""
 
     def __init__(self, xp: Any, name: str) -> None:
         self.xp = xp

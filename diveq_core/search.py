@@ -22,9 +22,14 @@ if TYPE_CHECKING:
 _HEADROOM = 24
 
 
-def rows_per_chunk(lib: Backend, count: int) -> int:
-    """Rows of vectors to compare with ``count`` codewords at a time."""
-    return max(lib.scores_per_chunk // count, 8)
+def rows_per_chunk(lib: Backend, count: int, width: int) -> int:
+    """Rows of vectors to compare at a time with ``count`` codewords of ``width`` entries.
+
+    Enough for the product to pay for its pass over the codebook, few enough for the scores to stay in
+    cache; never more scores than ``lib.scores_per_chunk``.
+    """
+    wanted = min(max(8 * width, lib.rows_at_least), 16 * lib.rows_at_least)
+    return max(min(wanted, lib.scores_per_chunk // count), 1)
 
 
 def frame(lib: Backend, codebook: Array) -> tuple[Array, Array]:
@@ -90,7 +95,7 @@ def nearest_rows(lib: Backend, z: Array, codebook: Array) -> Array:
     centre, inverse_scale = frame(lib, codebook)
     extended = xp.permute_dims(extended_codebook(lib, codebook, centre, inverse_scale), (1, 0))
     canonical = first_copies(lib, codebook)
-    rows = rows_per_chunk(lib, codebook.shape[0])
+    rows = rows_per_chunk(lib, *codebook.shape)
     found = [xp.zeros((0,), dtype=canonical.dtype, **lib.place(canonical))]
     for start in range(0, z.shape[0], rows):
         stop = min(start + rows, z.shape[0])

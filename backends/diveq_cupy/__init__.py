@@ -14,8 +14,9 @@ from diveq_core.backend import Backend
 class CuPyBackend(Backend):
     """CuPy: everything on the current device, nothing read back."""
 
-    # A GPU has no cache to keep the scores in; larger products fill it better: 256 MiB in float32.
+    # A GPU has no cache to keep the scores in, and larger products fill it better: 256 MiB in float32.
     scores_per_chunk = 1 << 26
+    rows_at_least = 1 << 13
 
     def __init__(self) -> None:
         super().__init__(cupy_namespace, "cupy")

@@ -35,13 +35,18 @@ def _nearest_rows(z: jax.Array, codebook: jax.Array) -> jax.Array:
     extended = search.extended_codebook(lib, codebook, centre, inverse_scale)
     canonical = search.first_copies(lib, codebook)
 
+    count, width = codebook.shape
+    # XLA vectorizes two minima where it does not vectorize argmin, and floats better than integers.
+    positions = jnp.arange(count, dtype=jnp.float32 if count <= 1 << 24 else jnp.int32)
+
     def chunk(rows: Any) -> Any:
         y = (rows.astype(dtype) - centre) * inverse_scale
         scores = lib.matmul(jnp.concatenate([y, jnp.ones_like(y[:, :1])], axis=1), extended.T)
-        finite = jnp.isfinite(jnp.min(scores, axis=1))
-        return jnp.where(finite, canonical[jnp.argmin(scores, axis=1)], -1)
+        best = jnp.min(scores, axis=1)
+        first = jnp.min(jnp.where(scores == best[:, None], positions, positions[-1]), axis=1)
+        return jnp.where(jnp.isfinite(best), canonical[first.astype(jnp.int32)], -1)
 
-    rows = search.rows_per_chunk(lib, codebook.shape[0])
+    rows = search.rows_per_chunk(lib, count, width)
     whole = z.shape[0] // rows * rows
     found = jax.lax.map(chunk, z[:whole].reshape(-1, rows, z.shape[1])).reshape(whole)
     return jnp.concatenate([found, chunk(z[whole:])])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from diveq_core.backend import Backend
+from diveq_numpy.search import nearest_rows
 
 
 class NumPyBackend(Backend):
@@ -51,6 +52,15 @@ class NumPyBackend(Backend):
             starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
             total[ordered[starts]] = np.add.reduceat(values[order], starts, axis=0)
         return total
+
+    def row_keys(self, codebook: np.ndarray) -> np.ndarray:
+        # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.
+        bits = np.ascontiguousarray(codebook + 0.0).view(f"u{codebook.dtype.itemsize}")
+        numbers = np.arange(1, codebook.shape[1] + 1, dtype=np.uint64)
+        return bits.astype(np.uint64) @ (numbers * np.uint64(0x9E3779B97F4A7C15))
+
+    def search(self, z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+        return nearest_rows(self, z, codebook)
 
     def take_rows(self, codebook: np.ndarray, indices: np.ndarray) -> np.ndarray:
         if indices.size and indices.min() < 0:

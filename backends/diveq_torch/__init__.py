@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 class TorchBackend(Backend):
     """PyTorch."""
 
+    # For the product on a GPU, which larger chunks fill better: 256 MiB in float32.
+    scores_per_chunk = 1 << 26
+    rows_at_least = 1 << 13
+
     def __init__(self) -> None:
         super().__init__(torch_namespace, "torch")
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 
+import diveq_numpy
 from diveq_core import search
 from diveq_core.registry import backend_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from diveq_core.backend import Backend
+
+
+# Rows of half precision that are widened at a time on the way to NumPy.
+_ROWS_WIDENED = 1 << 16
 
 
 @torch.library.custom_op("diveq_core::nearest", mutates_args=())
@@ -13,22 +27,50 @@ def nearest_rows(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index of the nearest codeword, (N, D), (K, D) -> (N,) int64; -1 for a row that is not finite."""
     lib = backend_of("nearest", z=z)
     dtype = lib.compute_dtype(torch.promote_types(z.dtype, codebook.dtype))
-    codebook = codebook.to(dtype)
+    on_cpu = z.device.type == "cpu"
+    return (_nearest_by_numpy if on_cpu else _nearest_by_product)(lib, z, codebook.to(dtype))
+
+
+def _nearest_by_numpy(_lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The memory is the same, and NumPy's product and argmin are at least as fast as torch's on a CPU."""
+    words = codebook.numpy()
+    parts = [diveq_numpy.backend.search(rows.to(codebook.dtype).numpy(), words) for rows in z.split(_ROWS_WIDENED)]
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def _nearest_by_product(lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    count, width = codebook.shape
     found = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False), _full_float32(z.device):
         centre, inverse_scale = search.frame(lib, codebook)
         extended = search.extended_codebook(lib, codebook, centre, inverse_scale).T
         canonical = search.first_copies(lib, codebook)
-        rows = min(search.rows_per_chunk(lib, codebook.shape[0]), z.shape[0])
-        ones_at_the_end = torch.ones(rows, codebook.shape[1] + 1, dtype=dtype, device=z.device)
-        scores = torch.empty(rows, codebook.shape[0], dtype=dtype, device=z.device)
+        rows = min(search.rows_per_chunk(lib, count, width), z.shape[0])
+        y = torch.ones(rows, width + 1, dtype=codebook.dtype, device=z.device)
+        scores = torch.empty(rows, count, dtype=codebook.dtype, device=z.device)
         for start in range(0, z.shape[0], rows or 1):
-            chunk = z[start : start + rows].to(dtype)
-            y, s = ones_at_the_end[: len(chunk)], scores[: len(chunk)]
-            torch.sub(chunk, centre, out=y[:, :-1]).mul_(inverse_scale)
-            best, chosen = torch.min(torch.mm(y, extended, out=s), dim=1)
-            found[start : start + rows] = torch.where(best.isfinite(), canonical[chosen], -1)
+            chunk = z[start : start + rows].to(codebook.dtype)
+            here = slice(0, len(chunk))
+            torch.sub(chunk, centre, out=y[here, :-1]).mul_(inverse_scale)
+            torch.mm(y[here], extended, out=scores[here])
+            # min's index is not always the first among equals on a device; argmin's is.
+            chosen = canonical[scores[here].argmin(dim=1)]
+            found[start : start + rows] = torch.where(scores[here].amin(dim=1).isfinite(), chosen, -1)
     return found
+
+
+@contextlib.contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Float32 products in float32 on a GPU also where the user allows TF32 elsewhere."""
+    if device.type != "cuda":
+        yield
+        return
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 @nearest_rows.register_fake
