@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from diveq_core._array import safe_log
+from diveq_core._array import describe, safe_log
 from diveq_core.backend import Backend
 from diveq_jax.bind import quantize
 from diveq_jax.search import nearest_rows
@@ -45,11 +45,14 @@ class JaxBackend(Backend):
                 f"{function}: JAX has no default random stream; expected noise= of shape {tuple(z.shape)} or "
                 f"rng=jax.random.key(seed), got neither"
             )
-        is_key = isinstance(rng, jax.Array) and (
-            jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) or rng.dtype == jnp.uint32
-        )
-        if not is_key:
-            raise TypeError(f"{function}: rng must be a JAX key for JAX arrays, got {type(rng).__name__}")
+        if not isinstance(rng, jax.Array):
+            raise TypeError(f"{function}: rng must be a JAX key for JAX arrays, got {describe(rng)}")
+        # One of jax.random.key(), or of the older jax.random.PRNGKey().
+        typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim == 0
+        if not typed and (rng.dtype != jnp.uint32 or rng.ndim != 1):
+            raise TypeError(
+                f"{function}: rng must be a JAX key for JAX arrays, got an array {rng.dtype} of shape {rng.shape}"
+            )
         return jax.random.normal(rng, z.shape, z.dtype)
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
