@@ -137,8 +137,8 @@ class Backend:
         """A number for each row, (K,), equal for equal rows and almost never for others."""
         xp = self.xp
         numbers = xp.arange(1, codebook.shape[1] + 1, **self.place(codebook))
-        # Any direction serves that no symmetry of real codebooks shares.
-        direction = xp.sin(xp.astype(numbers, codebook.dtype) * 12.9898)
+        # Any direction serves that no symmetry of real codebooks shares; a short one lets no sum overflow.
+        direction = xp.sin(xp.astype(numbers, codebook.dtype) * 12.9898) / codebook.shape[1]
         return xp.sum(codebook * direction, axis=1)
 
     def take_rows(self, codebook: Array, indices: Array) -> Array:

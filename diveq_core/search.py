@@ -39,11 +39,15 @@ def frame(lib: Backend, codebook: Array) -> tuple[Array, Array]:
     codewords that share an offset, and data on a coarse grid keep their exact ties.
     """
     xp = lib.xp
-    mean = xp.mean(codebook, axis=0)
+    # Divided first: the sum of large codewords may overflow.
+    mean = xp.sum(codebook * (1 / codebook.shape[0]), axis=0)
     spread = power_of_two(lib, xp.max(xp.abs(codebook - mean)))
     rounded = xp.round(mean / spread) * spread
     centre = xp.where(xp.isfinite(rounded), rounded, mean)
-    return centre, (1 / spread) * 2.0**-_HEADROOM
+    # Many devices take a subnormal number for zero.
+    smallest = xp.full_like(spread, float(xp.finfo(spread.dtype).smallest_normal))
+    inverse_scale = (1 / spread) * 2.0**-_HEADROOM
+    return centre, xp.where(inverse_scale < smallest, smallest, inverse_scale)
 
 
 def extended_codebook(lib: Backend, codebook: Array, centre: Array, inverse_scale: Array) -> Array:
