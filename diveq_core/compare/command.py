@@ -76,7 +76,7 @@ def describe(patches: Patches, library: Library, settings: Settings) -> str:
     p, seeds = settings.patch, range(settings.seed, settings.seed + settings.seeds)
     return (
         f"Data: {patches.source}; patches of {p} x {p} x {patches.channels}, {len(patches.held_out)} held out "
-        f"(the right quarter of each image), {patches.positions} positions to train on\n"
+        f"(the bottom quarter of each image), {patches.positions} positions to train on\n"
         f"Model: {patches.size} - {settings.width} - {settings.dim} - {settings.width} - {patches.size}, "
         f"K = {settings.codewords} codewords of dimension D = {settings.dim}\n"
         f"Training: {settings.warmup} steps without quantizer, {settings.steps} with, batches of {settings.batch}, "

@@ -1,4 +1,4 @@
-"""Training patches from the left of each image, held-out patches from its right: no pixel is in both."""
+"""Training patches from the top of each image, held-out patches from its bottom: no pixel is in both."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Patches:
     ----------
     images : Images
     patch : int
-        Side of a patch in pixels. Every image must be at least one patch high and two wide.
+        Side of a patch in pixels. Every image must be at least two patches high and one wide.
 
     Attributes
     ----------
     size : int
         Entries of a patch, P = patch^2 C.
     held_out : array (M, P)
-        The right quarter of each image, cut into patches without overlap, row by row, image by image.
+        The bottom quarter of each image, cut into patches without overlap, row by row, image by image.
     """
 
     def __init__(self, images: Images, patch: int) -> None:
@@ -36,13 +36,13 @@ class Patches:
         self.images, self.splits = images.images, []
         for image in self.images:
             height, width, _ = image.shape
-            if height < patch or width < 2 * patch:
+            if height < 2 * patch or width < patch:
                 raise CompareError(
-                    f"--data must have images at least one patch high and two wide, {patch} x {2 * patch} pixels "
+                    f"--data must have images at least two patches high and one wide, {2 * patch} x {patch} pixels "
                     f"(--patch {patch}), got {height} x {width} in {images.source}"
                 )
-            held_out = max(1, round(HELD_OUT_SHARE * width / patch)) * patch
-            self.splits.append(width - held_out)
+            held_out = max(1, round(HELD_OUT_SHARE * height / patch)) * patch
+            self.splits.append(height - held_out)
         self.channels = self.images[0].shape[2]
         self.size = patch * patch * self.channels
         self._index_training_region()
@@ -55,14 +55,14 @@ class Patches:
                 f"--data must have some contrast, got a training region of one colour in {images.source}"
             )
         self.grids = [
-            (image.shape[0] // patch, (image.shape[1] - split) // patch)
+            ((image.shape[0] - split) // patch, image.shape[1] // patch)
             for image, split in zip(self.images, self.splits, strict=True)
         ]
         self.held_out = np.concatenate([self.standardized(self._cut(i)) for i in range(len(self.images))])
 
     def _index_training_region(self) -> None:
         """Lay all training pixels out in one list, so that any patch is one gather."""
-        regions = [image[:, :split] for image, split in zip(self.images, self.splits, strict=True)]
+        regions = [image[:split] for image, split in zip(self.images, self.splits, strict=True)]
         self._pixels = np.concatenate([region.reshape(-1, self.channels) for region in regions])
         self._widths = np.array([region.shape[1] for region in regions])
         self._columns = self._widths - self.patch + 1
@@ -99,7 +99,7 @@ class Patches:
 
     def _cut(self, i: int) -> np.ndarray:
         (rows, columns), p = self.grids[i], self.patch
-        region = self.images[i][: rows * p, self.splits[i] : self.splits[i] + columns * p]
+        region = self.images[i][self.splits[i] :, : columns * p]
         return region.reshape(rows, p, columns, p, self.channels).swapaxes(1, 2).reshape(-1, self.size)
 
     def assemble(self, patches: np.ndarray, i: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from diveq_core.compare.recipes import RECIPES
 
@@ -30,7 +30,7 @@ STYLES: dict[str, tuple[str, Any]] = {
 }
 _SPARE = [("#332288", "-"), ("#882255", "--"), ("#117733", "-."), ("#AA4499", ":")]
 
-_TILE_PIXELS = 160
+_TILE_PIXELS = 128
 _PICTURES = 2
 
 
@@ -42,35 +42,29 @@ def style(name: str) -> tuple[str, Any]:
 
 def save_picture(path: Path, runs: dict[str, list[Run]], patches: Patches) -> None:
     """Draw all runs into a PNG file."""
-    tiles = min(_PICTURES, len(patches.images))
-    columns = len(runs) + 1
-    width = max(12.0, 1.55 * columns)
-    tile = (width - 0.6) / columns
-    height = 4.9 + tiles * (tile + 0.08) + 0.75
-    figure = Figure(figsize=(width, height), dpi=110)
+    rows, columns = min(_PICTURES, len(patches.images)), len(runs) + 1
+    width, upper_height = max(13.5, 1.5 * columns), 4.7
+    tile = min((width - 0.4) / columns, 2.2)
+    lower_height = rows * (tile + 0.06) + 0.8
+    figure = Figure(figsize=(width, upper_height + lower_height), dpi=110)
     FigureCanvasAgg(figure)
-    subfigures: Any = figure.subfigures(2, 1, height_ratios=[4.9, height - 4.9])
+    subfigures: Any = figure.subfigures(2, 1, height_ratios=[upper_height, lower_height])
     upper, lower = subfigures
-    curves, usage = upper.subplots(1, 2, gridspec_kw={"width_ratios": [1.25, 1]})
-    upper.subplots_adjust(left=0.065, right=0.985, top=0.93, bottom=0.24, wspace=0.17)
-    _draw_curves(curves, runs)
+    curves, detail, usage = upper.subplots(1, 3, gridspec_kw={"width_ratios": [1.15, 1, 1]})
+    upper.subplots_adjust(left=0.055, right=0.99, top=0.92, bottom=0.2, wspace=0.2)
+    seeds = len(next(iter(runs.values())))
+    _draw_curves(curves, runs, "Held-out error through the hard codewords")
+    curves.set_ylabel(f"mean squared error{f', mean and range of {seeds} seeds' if seeds > 1 else ''}")
+    _draw_curves(detail, runs, "The same, near the best quantizer")
+    _zoom(detail, runs)
     _draw_usage(usage, runs)
     handles, labels = curves.get_legend_handles_labels()
-    upper.legend(
-        handles,
-        labels,
-        loc="lower center",
-        ncols=min(8, len(labels)),
-        frameon=False,
-        fontsize=9.5,
-        handlelength=2.6,
-        columnspacing=1.6,
-    )
-    _draw_tiles(lower, runs, patches, tiles)
+    upper.legend(handles, labels, loc="lower center", ncols=min(8, len(labels)), frameon=False, handlelength=2.6)
+    _draw_tiles(lower, runs, patches, rows, tile)
     figure.savefig(path, format="png")
 
 
-def _draw_curves(axes: Any, runs: dict[str, list[Run]]) -> None:
+def _draw_curves(axes: Any, runs: dict[str, list[Run]], title: str) -> None:
     for name, row in runs.items():
         colour, line = style(name)
         steps = [step for step, _ in min((run.curve for run in row), key=len)]
@@ -80,22 +74,31 @@ def _draw_curves(axes: Any, runs: dict[str, list[Run]]) -> None:
             axes.fill_between(steps, errors.min(axis=0), errors.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("training step with quantizer")
-    axes.set_ylabel("held-out mean squared error")
-    seeds = len(next(iter(runs.values())))
-    spread = f" (mean and range of {seeds} seeds)" if seeds > 1 else ""
-    axes.set_title(f"Reconstruction through the hard codewords{spread}", fontsize=11, loc="left")
-    _tidy(axes)
+    axes.set_title(title, fontsize=10.5, loc="left")
     axes.margins(x=0.01)
+    _tidy(axes)
+
+
+def _zoom(axes: Any, runs: dict[str, list[Run]]) -> None:
+    """Limit the errors shown to those between the best quantizer's and a third more."""
+    ends = [
+        float(np.mean([run.curve[-1][1] for run in row])) for row in runs.values() if row[0].scores.counts is not None
+    ]
+    known = [end for end in ends if np.isfinite(end) and end > 0]
+    if known:
+        axes.set_yscale("linear")
+        axes.set_ylim(min(known) * 0.96, min(known) * 1.35)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _draw_usage(axes: Any, runs: dict[str, list[Run]]) -> None:
     quantized = {name: row for name, row in runs.items() if row[0].scores.counts is not None}
-    axes.set_title("Codeword usage on held-out patches", fontsize=11, loc="left")
+    axes.set_title("Codeword usage on held-out patches", fontsize=10.5, loc="left")
     axes.set_xlabel("codeword, most used first")
-    axes.set_ylabel("share of patches")
+    axes.set_ylabel("share of patches", labelpad=1)
     _tidy(axes)
     if not quantized:
         axes.text(0.5, 0.5, "no quantizer among the estimators", ha="center", va="center", transform=axes.transAxes)
@@ -134,40 +137,46 @@ def _tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_tiles(figure: Any, runs: dict[str, list[Run]], patches: Patches, rows: int) -> None:
-    axes = figure.subplots(rows, len(runs) + 1, squeeze=False)
-    figure.subplots_adjust(left=0.012, right=0.988, top=0.84, bottom=0.02, wspace=0.04, hspace=0.04)
+def _draw_tiles(figure: Any, runs: dict[str, list[Run]], patches: Patches, rows: int, tile: float) -> None:
+    columns = len(runs) + 1
+    axes = figure.subplots(rows, columns, squeeze=False)
+    left, height = 0.012, rows * (tile + 0.06) + 0.8
+    right = min(0.988, left + columns * tile / figure.bbox.width * figure.dpi)
+    figure.subplots_adjust(
+        left=left, right=right, top=1 - 0.72 / height, bottom=0.08 / height, wspace=0.04, hspace=0.04
+    )
     seed = next(iter(runs.values()))[0].seed
     figure.suptitle(
-        f"Held-out region, original and reconstructions (seed {seed}, PSNR of all held-out patches)",
-        fontsize=11,
-        x=0.012,
+        f"Held-out regions, original and reconstructions (seed {seed}; PSNR of all held-out patches)",
+        fontsize=10.5,
+        x=left,
+        y=1 - 0.12 / height,
         ha="left",
-        y=0.985,
     )
     for i in range(rows):
-        _show(axes[i, 0], patches.assemble(patches.held_out, i))
+        original = patches.assemble(patches.held_out, i)
+        square = _square(original, patches.patch)
+        _show(axes[i, 0], original[square])
         for j, row in enumerate(runs.values(), start=1):
-            _show(axes[i, j], patches.assemble(row[0].scores.patches, i))
+            _show(axes[i, j], patches.assemble(row[0].scores.patches, i)[square])
     axes[0, 0].set_title("Original", fontsize=9, fontweight="bold")
     for j, (name, row) in enumerate(runs.items(), start=1):
-        figure_of_merit = "diverged" if row[0].diverged else f"{row[0].scores.psnr:.1f} dB"
-        axes[0, j].set_title(
-            f"{_short(RECIPES[name].label)}\n{figure_of_merit}", fontsize=9, color=style(name)[0], fontweight="bold"
-        )
+        reached = "diverged" if row[0].diverged else f"{row[0].scores.psnr:.1f} dB"
+        title = f"{RECIPES[name].label.partition(' (')[0]}\n{reached}"
+        axes[0, j].set_title(title, fontsize=9, color=style(name)[0], fontweight="bold")
 
 
-def _short(label: str) -> str:
-    """A label without its parenthesis."""
-    return label.partition(" (")[0]
+def _square(image: np.ndarray, step: int) -> tuple[slice, slice]:
+    """The square of at most ``_TILE_PIXELS`` with the most contrast: the rest of a photograph may be sky."""
+    height, width, _ = image.shape
+    side = min(height, width, _TILE_PIXELS)
+    corners = [(top, left) for top in range(0, height - side + 1, step) for left in range(0, width - side + 1, step)]
+    top, left = max(corners, key=lambda c: float(np.std(image[c[0] : c[0] + side, c[1] : c[1] + side, 0])))
+    return slice(top, top + side), slice(left, left + side)
 
 
 def _show(axes: Any, image: np.ndarray) -> None:
-    """The middle square of an image, as large as it is, at most ``_TILE_PIXELS``."""
-    side = min(image.shape[0], image.shape[1], _TILE_PIXELS)
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    square = np.nan_to_num(image[top : top + side, left : left + side], nan=0.5)
-    axes.imshow(
-        square if square.shape[2] == 3 else square[:, :, 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-    )
+    known = np.nan_to_num(image, nan=0.5)
+    grey = known.shape[2] == 1
+    axes.imshow(known[:, :, 0] if grey else known, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
