@@ -7,6 +7,8 @@ import numbers
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diveq_core.backend import Backend
 
 Array = Any
@@ -113,13 +115,36 @@ def polar(lib: Backend, x: Array) -> tuple[Array, Array]:
     The derivative at a zero row is zero rather than NaN, in every order: the square root never sees
     a zero. Rows are brought to order one by a power of two first, so nothing overflows or underflows.
     """
-    xp = lib.xp
     scale = row_scale(lib, x)
     y = x * scale
-    squared = xp.sum(y * y, axis=-1, keepdims=True)
+    squared = lib.dot(y, y)
     zero = squared == 0
-    length = xp.sqrt(one_where(lib, zero, squared))
+    length = lib.xp.sqrt(one_where(lib, zero, squared))
     return zero_rows(lib, zero, length / scale), zero_rows(lib, zero, y / length)
+
+
+def lengths_in_range(shortest: float, longest: float, *, double: bool) -> bool:
+    """Whether lengths of rows show that their squares neither overflowed nor lost digits."""
+    limit = 1e150 if double else 1e15
+    return 1 / limit < shortest and longest < limit
+
+
+def in_blocks(empty: Callable[..., Array], rows: int, function: Callable[..., Array], *arrays: Array | None) -> Array:
+    """``function`` of blocks of so many rows of the arrays, in one result made by ``empty``.
+
+    Temporaries of one block stay in cache, where those of all rows would each cost a trip to memory.
+    """
+    count = next(x.shape[0] for x in arrays if x is not None)
+    if count <= rows:
+        return function(*arrays)
+    result = None
+    for start in range(0, count, rows):
+        here = slice(start, start + rows)
+        block = function(*(None if x is None else x[here] for x in arrays))
+        if result is None:
+            result = empty((count, *block.shape[1:]), dtype=block.dtype)
+        result[here] = block
+    return result
 
 
 def safe_inverse(lib: Backend, rho: Array) -> Array:
@@ -132,11 +157,6 @@ def safe_inverse(lib: Backend, rho: Array) -> Array:
 def safe_log(lib: Backend, r: Array) -> Array:
     """ln r, with ln 0 read as 0 and its derivative there as 0."""
     return lib.xp.log(one_where(lib, r == 0, r))
-
-
-def dot(lib: Backend, a: Array, b: Array) -> Array:
-    """Row-wise inner product, (N, D), (N, D) -> (N, 1)."""
-    return lib.xp.sum(a * b, axis=-1, keepdims=True)
 
 
 def power_of_two(lib: Backend, x: Array) -> Array:

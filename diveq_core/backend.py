@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from diveq_core import search
-from diveq_core._array import Array, describe
+from diveq_core._array import Array, describe, polar
 from diveq_core.segments import segment_sum
 
 if TYPE_CHECKING:
@@ -105,7 +105,11 @@ class Backend:
         """``sg[x]``: the same values, through which no derivative flows."""
         return x
 
-    # What the standard lacks
+    def records(self, *arrays: Array) -> bool:
+        """Whether derivatives of what is computed from the arrays may be asked for."""
+        return False
+
+    # What the standard lacks, or a library does better
 
     def standard_normal(self, function: str, z: Array, rng: Any) -> Array:
         """Standard normal numbers with the shape of ``z``, drawn from ``rng`` or the default stream."""
@@ -122,12 +126,29 @@ class Backend:
         """Matrix product in the full precision of its inputs."""
         return self.xp.matmul(a, b)
 
-    def segment_sum(self, values: Array, segments: Array, count: int) -> Array:
-        """Sum of the rows of ``values`` (N, D) that share a segment, (count, D); repeats add up.
+    def dot(self, a: Array, b: Array) -> Array:
+        """Row-wise inner product, (N, D), (N, D) -> (N, 1)."""
+        return self.xp.sum(a * b, axis=-1, keepdims=True)
 
-        Rows whose segment is negative are dropped.
+    def polar(self, x: Array) -> tuple[Array, Array]:
+        """Length (N, 1) and direction (N, D) of each row; a zero row has length 0 and direction 0."""
+        return polar(self, x)
+
+    def by_rows(self, function: Callable[..., Array], *arrays: Array | None) -> Array:
+        """``function(*arrays)``, which acts row by row, possibly a block of rows at a time."""
+        return function(*arrays)
+
+    def segment_add(self, total: Array, values: Array, segments: Array) -> Array:
+        """``total`` (K, D) plus the rows of ``values`` (N, D) at their segments (N,); repeats add up.
+
+        Rows whose segment is negative are dropped. ``total`` may be overwritten.
         """
-        return segment_sum(self, values, segments, count)
+        return total + segment_sum(self, values, segments, total.shape[0])
+
+    def segment_sum(self, values: Array, segments: Array, count: int) -> Array:
+        """Sum of the rows of ``values`` (N, D) that share a segment, (count, D); repeats add up."""
+        total = self.xp.zeros((count, values.shape[1]), dtype=values.dtype, **self.place(values))
+        return self.segment_add(total, values, segments)
 
     def stable_argsort(self, x: Array) -> Array:
         """Indices that sort ``x`` (N,), equal entries in their order."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import Array, check_option, describe, dot, polar
+from diveq_core._array import Array, check_option, describe
 from diveq_core.radius import CustomRadius
 
 if TYPE_CHECKING:
@@ -77,15 +77,15 @@ class _Distance(Estimator):
         raise TypeError(f"{describe(self)} must define direction(lib, z, q, noise)")
 
     def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
-        _, u = polar(lib, q - z)
+        _, u = lib.polar(q - z)
         w = lib.stop_gradient(self.direction(lib, z, q, noise))
-        g_q = dot(lib, g, w) * u
+        g_q = lib.dot(g, w) * u
         return g - g_q, g_q
 
     def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
-        _, u = polar(lib, q - z)
+        _, u = lib.polar(q - z)
         w = lib.stop_gradient(self.direction(lib, z, q, noise))
-        return dz + dot(lib, u, dq - dz) * w
+        return dz + lib.dot(u, dq - dz) * w
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class DiVeQDetach(_Distance):
     """
 
     def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        return polar(lib, q - z)[1]
+        return lib.polar(q - z)[1]
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,12 @@ class DiVeQ(_Distance):
 
     def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
         d = q - z
-        return polar(lib, d if noise is None else d + self.sigma * noise)[1]
+        return lib.polar(d if noise is None else d + self.sigma * noise)[1]
 
     def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
         if self.hard:
             return q
-        rho, _ = polar(lib, q - z)
+        rho, _ = lib.polar(q - z)
         return z + rho * self.direction(lib, z, q, noise)
 
 
@@ -183,10 +183,10 @@ class NSVQ(_Distance):
         return False
 
     def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        return polar(lib, noise)[1]
+        return lib.polar(noise)[1]
 
     def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        rho, _ = polar(lib, q - z)
+        rho, _ = lib.polar(q - z)
         return z + rho * self.direction(lib, z, q, noise)
 
 
@@ -226,14 +226,16 @@ class Radial(Estimator):
 
     def _live_error(self, lib: Backend, z: Array, q: Array) -> Array:
         r"""``sg[d / r] r``: equal to d, differentiable through r alone."""
+        if not lib.records(z, q):
+            return q - z
         log_r = self.radius.log(lib, q, z)
         return lib.stop_gradient(q - z) * lib.xp.exp(log_r - lib.stop_gradient(log_r))
 
     def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
-        coefficient = dot(lib, g, self._live_error(lib, z, q))
+        coefficient = lib.dot(g, self._live_error(lib, z, q))
         to_q, to_z = self.radius.log_gradients(lib, q, z)
         return g + coefficient * to_z, coefficient * to_q
 
     def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
         to_q, to_z = self.radius.log_gradients(lib, q, z)
-        return dz + self._live_error(lib, z, q) * (dot(lib, to_q, dq) + dot(lib, to_z, dz))
+        return dz + self._live_error(lib, z, q) * (lib.dot(to_q, dq) + lib.dot(to_z, dz))

@@ -14,9 +14,7 @@ from diveq_core._array import (
     Array,
     check_option,
     describe,
-    dot,
     one_where,
-    polar,
     row_scale,
     safe_inverse,
     safe_log,
@@ -63,11 +61,11 @@ class Power:
         check_option(self, "alpha")
 
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
-        rho, _ = polar(lib, q - z)
+        rho, _ = lib.polar(q - z)
         return self.alpha * safe_log(lib, rho)
 
     def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
-        rho, u = polar(lib, q - z)
+        rho, u = lib.polar(q - z)
         to_q = self.alpha * u * safe_inverse(lib, rho)
         return to_q, -to_q
 
@@ -97,7 +95,7 @@ class PseudoHuber:
         s = xp.max(xp.abs(lib.stop_gradient(d)), axis=-1, keepdims=True)
         s = xp.where(s < self.delta, xp.full_like(s, self.delta), s)
         d_s = d / s
-        return d_s, dot(lib, d_s, d_s) + (self.delta / s) ** 2, s
+        return d_s, lib.dot(d_s, d_s) + (self.delta / s) ** 2, s
 
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
         _, squared, s = self._scaled(lib, q, z)
@@ -145,11 +143,11 @@ class PNorm:
 
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
         v, power, s = self._scaled(lib, q, z)
-        return safe_log(lib, dot(lib, v * power, v)) / self.p + safe_log(lib, s)
+        return safe_log(lib, lib.dot(v * power, v)) / self.p + safe_log(lib, s)
 
     def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
         v, power, s = self._scaled(lib, q, z)
-        total = dot(lib, v * power, v)
+        total = lib.dot(v * power, v)
         to_q = zero_rows(lib, s == 0, v * power / one_where(lib, s == 0, total) * safe_inverse(lib, s))
         return to_q, -to_q
 
@@ -205,7 +203,7 @@ class Mahalanobis:
         k = row_scale(lib, d)
         y = d * k
         m_y = lib.matmul(y, self._symmetric(lib, d))
-        return m_y, dot(lib, y, m_y), k
+        return m_y, lib.dot(y, m_y), k
 
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
         _, squared, k = self._scaled(lib, q, z)
@@ -232,15 +230,15 @@ class Cosine:
     """
 
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
-        _, q_hat = polar(lib, q)
-        _, z_hat = polar(lib, z)
-        length, _ = polar(lib, q_hat - z_hat)
+        _, q_hat = lib.polar(q)
+        _, z_hat = lib.polar(z)
+        length, _ = lib.polar(q_hat - z_hat)
         return 2 * safe_log(lib, length)
 
     def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
-        q_length, q_hat = polar(lib, q)
-        z_length, z_hat = polar(lib, z)
-        length, direction = polar(lib, q_hat - z_hat)
+        q_length, q_hat = lib.polar(q)
+        z_length, z_hat = lib.polar(z)
+        length, direction = lib.polar(q_hat - z_hat)
         h_r = 2 * direction * safe_inverse(lib, length)
         undefined = (length == 0) | (q_length == 0) | (z_length == 0)
         to_q = (h_r - q_hat) * safe_inverse(lib, q_length)

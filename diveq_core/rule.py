@@ -8,9 +8,11 @@ Nothing but the inputs needs to be saved between forward and backward: everythin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diveq_core._array import Array
     from diveq_core.backend import Backend
     from diveq_core.estimators import Estimator
@@ -32,33 +34,48 @@ class Rule:
         out_dtype = lib.result_dtype(z, codebook)
         if self.estimator.hard:
             return lib.astype(lib.take_rows(codebook, indices), out_dtype)
-        z, q, noise = self._rows(z, codebook, indices, noise)
-        return lib.astype(self.estimator.forward(lib, z, q, noise), out_dtype)
+        compute = self._compute_dtype(z, codebook)
+
+        def rows(z: Array, indices: Array, noise: Array | None) -> Array:
+            q = compute(lib.take_rows(codebook, indices))
+            return lib.astype(self.estimator.forward(lib, compute(z), q, compute(noise)), out_dtype)
+
+        return lib.by_rows(rows, z, indices, noise)
 
     def pullback(self, z: Array, codebook: Array, indices: Array, noise: Array | None, g: Array) -> tuple[Array, Array]:
         """Cotangents of ``z`` (N, D) and ``codebook`` (K, D), each in its own dtype."""
         lib = self.lib
-        rows, q, eps = self._rows(z, codebook, indices, noise)
-        g_z, g_q = self.estimator.vjp(lib, rows, q, eps, lib.astype(g, rows.dtype))
-        if g_q is None:
-            return lib.astype(g_z, z.dtype), lib.xp.zeros_like(codebook)
-        g_codebook = lib.segment_sum(g_q, indices, codebook.shape[0])
-        return lib.astype(g_z, z.dtype), lib.astype(g_codebook, codebook.dtype)
+        compute = self._compute_dtype(z, codebook)
+        g_codebook = lib.xp.zeros_like(compute(codebook))
+
+        def rows(z_rows: Array, indices: Array, noise: Array | None, g: Array) -> Array:
+            nonlocal g_codebook
+            q = compute(lib.take_rows(codebook, indices))
+            g_z, g_q = self.estimator.vjp(lib, compute(z_rows), q, compute(noise), compute(g))
+            if g_q is not None:
+                g_codebook = lib.segment_add(g_codebook, g_q, indices)
+            return lib.astype(g_z, z.dtype)
+
+        g_z = lib.by_rows(rows, z, indices, noise, g)
+        return g_z, lib.astype(g_codebook, codebook.dtype)
 
     def pushforward(
         self, z: Array, codebook: Array, indices: Array, noise: Array | None, dz: Array, dcodebook: Array
     ) -> Array:
         """Tangent of z_q, (N, D)."""
         lib = self.lib
-        rows, q, eps = self._rows(z, codebook, indices, noise)
-        dq = lib.astype(lib.take_rows(dcodebook, indices), rows.dtype)
-        tangent = self.estimator.jvp(lib, rows, q, eps, lib.astype(dz, rows.dtype), dq)
-        return lib.astype(tangent, lib.result_dtype(z, codebook))
+        out_dtype = lib.result_dtype(z, codebook)
+        compute = self._compute_dtype(z, codebook)
 
-    def _rows(
-        self, z: Array, codebook: Array, indices: Array, noise: Array | None
-    ) -> tuple[Array, Array, Array | None]:
+        def rows(z: Array, indices: Array, noise: Array | None, dz: Array) -> Array:
+            q = compute(lib.take_rows(codebook, indices))
+            dq = compute(lib.take_rows(dcodebook, indices))
+            return lib.astype(self.estimator.jvp(lib, compute(z), q, compute(noise), compute(dz), dq), out_dtype)
+
+        return lib.by_rows(rows, z, indices, noise, dz)
+
+    def _compute_dtype(self, z: Array, codebook: Array) -> Callable[[Any], Any]:
+        """Conversion to the dtype in which the estimator computes; None stays None."""
         lib = self.lib
         dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
-        q = lib.astype(lib.take_rows(codebook, indices), dtype)
-        return lib.astype(z, dtype), q, None if noise is None else lib.astype(noise, dtype)
+        return lambda x: None if x is None else lib.astype(x, dtype)

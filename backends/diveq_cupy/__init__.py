@@ -39,11 +39,12 @@ class CuPyBackend(Backend):
             )
         return drawn.astype(z.dtype, copy=False)
 
-    def segment_sum(self, values: Any, segments: Any, count: int) -> Any:
-        # One segment more than asked for takes the rows whose segment is negative.
-        total = cupy.zeros((count + 1, values.shape[1]), dtype=values.dtype)
-        cupyx.scatter_add(total, cupy.where(segments < 0, count, segments), values)
-        return total[:count]
+    def segment_add(self, total: Any, values: Any, segments: Any) -> Any:
+        # One segment more takes the rows whose segment is negative.
+        count, width = total.shape
+        padded = cupy.concatenate([total, cupy.zeros((1, width), total.dtype)])
+        cupyx.scatter_add(padded, cupy.where(segments < 0, count, segments), values)
+        return padded[:count]
 
 
 backend = CuPyBackend()

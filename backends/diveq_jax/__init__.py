@@ -58,8 +58,11 @@ class JaxBackend(Backend):
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
-    def segment_sum(self, values: jax.Array, segments: jax.Array, count: int) -> jax.Array:
-        return jax.ops.segment_sum(values, segments, num_segments=count)
+    def records(self, *arrays: jax.Array) -> bool:
+        return True
+
+    def segment_add(self, total: jax.Array, values: jax.Array, segments: jax.Array) -> jax.Array:
+        return total.at[segments].add(values, mode="drop", wrap_negative_indices=False)
 
     def row_keys(self, codebook: jax.Array) -> jax.Array:
         # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diveq_core._array import in_blocks, lengths_in_range
 from diveq_core.backend import Backend
 from diveq_numpy.search import nearest_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Entries of a block of rows: 256 KiB in float32, so that a handful of temporaries fits the cache.
+_BLOCK_ENTRIES = 1 << 16
 
 
 class NumPyBackend(Backend):
@@ -44,13 +51,27 @@ class NumPyBackend(Backend):
         # Unlike the standard's, NumPy's argsort is not stable unless asked.
         return np.argsort(x, kind="stable")
 
-    def segment_sum(self, values: np.ndarray, segments: np.ndarray, count: int) -> np.ndarray:
-        total = np.zeros((count, values.shape[1]), dtype=values.dtype)
-        order = np.argsort(segments, kind="stable")
-        ordered = segments[order]
-        if ordered.size:
-            starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-            total[ordered[starts]] = np.add.reduceat(values[order], starts, axis=0)
+    def dot(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.einsum("nd,nd->n", a, b)[:, None]
+
+    def polar(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            rho = np.sqrt(self.dot(x, x))
+        shortest, longest = rho.min(initial=np.inf), rho.max(initial=0.0)
+        if lengths_in_range(shortest, longest, double=x.dtype == np.float64):
+            return rho, x / rho
+        return super().polar(x)
+
+    def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        return in_blocks(np.empty, max(_BLOCK_ENTRIES // arrays[0].shape[-1], 1), function, *arrays)
+
+    def segment_add(self, total: np.ndarray, values: np.ndarray, segments: np.ndarray) -> np.ndarray:
+        if segments.size and segments.min() < 0:
+            values, segments = values[segments >= 0], segments[segments >= 0]
+        # One flat index an entry: add.at is several times faster on one axis than on two.
+        width = values.shape[1]
+        entries = segments[:, None] * width + np.arange(width)
+        np.add.at(total.reshape(-1), entries.reshape(-1), values.reshape(-1))
         return total
 
     def row_keys(self, codebook: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat.torch as torch_namespace
 import torch
 
-from diveq_core._array import safe_log
+from diveq_core._array import in_blocks, lengths_in_range, safe_log
 from diveq_core.backend import Backend
 from diveq_torch.bind import quantize
 from diveq_torch.search import nearest_rows
@@ -16,6 +16,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core.rule import Rule
+
+# Entries of a block of rows: 1 MiB in float32, so that temporaries stay in cache and dispatch costs little.
+_BLOCK_ENTRIES = 1 << 18
+
+
+def _is_plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are ordinary values on the CPU from which nothing is recorded: free to read and overwrite."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    recording = torch.is_grad_enabled()
+    return all(
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and not (recording and x.requires_grad)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        for x in tensors
+    )
 
 
 class TorchBackend(Backend):
@@ -58,11 +75,29 @@ class TorchBackend(Backend):
         with torch.autocast(a.device.type, enabled=False):
             return torch.matmul(a, b)
 
-    def segment_sum(self, values: torch.Tensor, segments: torch.Tensor, count: int) -> torch.Tensor:
-        # One segment more than asked for takes the rows whose segment is negative.
-        total = torch.zeros((count + 1, values.shape[1]), dtype=values.dtype, device=values.device)
+    def records(self, *arrays: torch.Tensor) -> bool:
+        return not _is_plain(*arrays)
+
+    def polar(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if _is_plain(x) and x.shape[0] > 0:
+            rho = self.dot(x, x).sqrt_()
+            shortest, longest = rho.aminmax()
+            if lengths_in_range(shortest.item(), longest.item(), double=x.dtype == torch.float64):
+                return rho, x / rho
+        return super().polar(x)
+
+    def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        if _is_plain(*(x for x in arrays if x is not None)):
+            return in_blocks(torch.empty, max(_BLOCK_ENTRIES // arrays[0].shape[-1], 1), function, *arrays)
+        return function(*arrays)
+
+    def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+        if _is_plain(total, values, segments) and not bool((segments < 0).any()):
+            return total.index_add_(0, segments, values)
+        # One segment more takes the rows whose segment is negative.
+        count, width = total.shape
         kept = torch.where(segments < 0, count, segments)
-        return total.index_add(0, kept, values)[:count]
+        return torch.cat([total, total.new_zeros(1, width)]).index_add(0, kept, values)[:count]
 
     def row_keys(self, codebook: torch.Tensor) -> torch.Tensor:
         # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.
