@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
-_EXTRA = ("typer", "click", "rich", "matplotlib", "sklearn", "PIL", "numpy", "threadpoolctl")
+_EXTRA = {"typer": "typer", "rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def main() -> None:
     """Run the command line, or say in one line how to install what it needs."""
-    try:
-        from diveq_core.cli import app
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
-            raise
-        print(f'diveq_core: the commands need {error.name}: pip install "diveq-core[cli]"', file=sys.stderr)
+    missing = [package for module, package in _EXTRA.items() if find_spec(module) is None]
+    if missing:
+        sys.stderr.write(
+            f'diveq_core: the commands need {", ".join(missing)}, not installed here: pip install "diveq-core[cli]"\n'
+        )
         sys.exit(2)
+    from diveq_core.cli import app
+
     app(prog_name="python -m diveq_core")
 
 

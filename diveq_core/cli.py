@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib  # noqa: F401  the extras are checked here, so that a missing one is said before any work
-import PIL  # noqa: F401
-import sklearn  # noqa: F401
 import typer
 
 from diveq_core.compare.settings import CompareError, Settings

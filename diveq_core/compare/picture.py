@@ -72,10 +72,12 @@ def _draw_curves(axes: Any, runs: dict[str, list[Run]], title: str) -> None:
         axes.plot(steps, errors.mean(axis=0), color=colour, linestyle=line, linewidth=1.9, label=RECIPES[name].label)
         if len(row) > 1:
             axes.fill_between(steps, errors.min(axis=0), errors.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    # Nothing but runs that diverged at once leaves a logarithm nothing to show.
+    if any(error > 0 for row in runs.values() for run in row for _, error in run.curve):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("training step with quantizer")
     axes.set_title(title, fontsize=10.5, loc="left")
     axes.margins(x=0.01)
@@ -115,7 +117,8 @@ def _draw_usage(axes: Any, runs: dict[str, list[Run]]) -> None:
             linewidth=1.9,
             marker="." if (share > 0).sum() == 1 else None,
         )
-    axes.set_yscale("log")
+    if any(run.scores.counts is not None and run.scores.counts.any() for row in quantized.values() for run in row):
+        axes.set_yscale("log")
     axes.set_xlim(0, len(share) * 1.01 + 1)
     axes.axhline(1 / len(share), color="#444444", linewidth=0.8, linestyle=":")
     axes.annotate(
