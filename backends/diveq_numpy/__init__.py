@@ -68,7 +68,8 @@ class NumPyBackend(Backend):
     def segment_add(self, total: np.ndarray, values: np.ndarray, segments: np.ndarray) -> np.ndarray:
         if segments.size and segments.min() < 0:
             values, segments = values[segments >= 0], segments[segments >= 0]
-        # One flat index an entry: add.at is several times faster on one axis than on two.
+        # One flat index an entry: add.at is several times faster on one axis than on two. Flattening must not copy.
+        total = np.ascontiguousarray(total)
         width = values.shape[1]
         entries = segments[:, None] * width + np.arange(width)
         np.add.at(total.reshape(-1), entries.reshape(-1), values.reshape(-1))
