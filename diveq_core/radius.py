@@ -233,7 +233,7 @@ class Cosine:
         _, q_hat = lib.polar(q)
         _, z_hat = lib.polar(z)
         length, _ = lib.polar(q_hat - z_hat)
-        return 2 * safe_log(lib, length)
+        return safe_log(lib, 0.5 * length * length)
 
     def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
         q_length, q_hat = lib.polar(q)

@@ -1,0 +1,214 @@
+"""Diagnostics in every library, by their definitions in NumPy."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+import diveq_core as dq
+from conftest import Library, assert_close, float64_in, library_named, standard_promotion
+
+RADII = [
+    dq.Power(0.5),
+    dq.Power(2.0),
+    dq.PseudoHuber(0.3),
+    dq.PNorm(3.0),
+    dq.Mahalanobis(np.diag([1.0, 2.0, 3.0])),
+    dq.Cosine(),
+]
+
+
+def rows(*shape: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((*shape, 3)).astype(np.float32) for _ in range(3)]
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (0,)], ids=str)
+def test_coefficient_and_positive_share(library: Library, shape: tuple[int, ...]):
+    g, z, q = rows(*shape)
+    arguments = [library.to(x) for x in (g, z, q)]
+    expected = np.asarray((g * (q - z)).sum(axis=-1), np.float32)
+    # Three products and sums of numbers of order one.
+    assert_close(dq.coefficient(*arguments), expected, library, rtol=1e-5, atol=1e-6)
+    share = library.back(dq.positive_share(*arguments))
+    assert share.shape == ()
+    np.testing.assert_allclose(share, (expected > 0).mean() if expected.size else np.nan, rtol=1e-6)
+
+
+def test_coefficient_is_the_first_order_price(library: Library):
+    # L = <t, x> is linear, so L(q) - L(z) is it exactly.
+    t, z, q = rows(4)
+    price = (t * q).sum(axis=-1) - (t * z).sum(axis=-1)
+    assert_close(dq.coefficient(*(library.to(x) for x in (t, z, q))), price, library, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_dtypes(library: Library, dtype: str):
+    if dtype == "float16" and not library.float16:
+        pytest.skip(f"{library.name} has no float16")
+    with float64_in(library):
+        arguments = [library.to(x.astype(dtype)) for x in rows(4)]
+        assert library.back(dq.coefficient(*arguments)).dtype == dtype
+        wide = "float64" if dtype == "float64" else "float32"
+        assert library.back(dq.positive_share(*arguments)).dtype == wide
+        assert library.back(dq.equivalent_loss(*arguments, dq.Power(1.0))).dtype == wide
+        counts = library.to(np.ones(3, dtype))
+        assert library.back(dq.perplexity(counts)).dtype == wide
+        assert library.back(dq.used_share(counts)).dtype == wide
+
+
+def test_float16_coefficients_are_summed_in_float32(library: Library):
+    if not library.float16:
+        pytest.skip(f"{library.name} has no float16")
+    # The products overflow float16; their sum is 0.
+    g = library.to(np.array([[300.0, -300.0]], np.float16))
+    z, q = library.to(np.zeros((1, 2), np.float16)), library.to(np.full((1, 2), 300.0, np.float16))
+    assert_close(dq.coefficient(g, z, q), np.zeros(1, np.float16), library)
+
+
+@pytest.mark.parametrize("radius", RADII, ids=repr)
+def test_equivalent_loss(library: Library, radius: dq.Radius):
+    g, z, q = (x.reshape(2, 2, 3) for x in rows(4))
+    d = (q - z).astype(np.float64)
+    rho = np.linalg.norm(d, axis=-1)
+    unit = [x / np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True) for x in (z, q)]
+    log_r = {
+        "Power": lambda: radius.alpha * np.log(rho),
+        "PseudoHuber": lambda: 0.5 * np.log(rho**2 + radius.delta**2),
+        "PNorm": lambda: np.log((np.abs(d) ** radius.p).sum(axis=-1)) / radius.p,
+        "Mahalanobis": lambda: 0.5 * np.log((d * (d @ radius.matrix)).sum(axis=-1)),
+        "Cosine": lambda: np.log(1 - (unit[0] * unit[1]).sum(axis=-1)),
+    }[type(radius).__name__]()
+    expected = np.float32(((g * d).sum(axis=-1) * log_r).sum())
+    # A sum of four products of order one, each of which took about ten operations.
+    actual = dq.equivalent_loss(*(library.to(x) for x in (g, z, q)), radius)
+    assert_close(actual, np.asarray(expected), library, rtol=1e-5, atol=1e-5)
+
+
+def test_equivalent_loss_of_a_vector_on_its_codeword_is_zero(library: Library):
+    g, z, _ = rows(3)
+    for radius in RADII:
+        actual = dq.equivalent_loss(*(library.to(x) for x in (g, z, z)), radius)
+        assert_close(actual, np.zeros((), np.float32), library)
+
+
+@pytest.mark.parametrize("radius", RADII, ids=repr)
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_straight_through_plus_the_equivalent_loss_is_the_radial_estimator(name: str, radius: dq.Radius):
+    library = library_named(name)
+    g, z, q = rows(5)
+    (_, pullback) = dq.vjp(z, q, dq.Radial(radius), indices=np.arange(5))
+    expected_z, expected_q = pullback(g)
+    loss_z, loss_q = gradients(library, lambda z, q: dq.equivalent_loss(library.to(g), z, q, radius), z, q)
+    # Autodiff takes other operations to the same gradient.
+    np.testing.assert_allclose(g + loss_z, expected_z, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(loss_q, expected_q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_the_equivalent_loss_has_finite_gradients_everywhere(name: str):
+    library = library_named(name)
+    g, z, _ = rows(2)
+    for radius in RADII:
+        for gradient in gradients(library, lambda z, q, r=radius: dq.equivalent_loss(library.to(g), z, q, r), z, z):
+            np.testing.assert_array_equal(gradient, np.zeros_like(z))
+
+
+def gradients(library: Library, loss, *arguments: np.ndarray) -> list[np.ndarray]:
+    """Gradients of a loss to all its arguments by the library's automatic differentiation."""
+    arrays = [library.to(x) for x in arguments]
+    if library.name == "torch":
+        import torch
+
+        return [library.back(x) for x in torch.autograd.grad(loss(*(x.requires_grad_() for x in arrays)), arrays)]
+    import jax
+
+    return [library.back(x) for x in jax.grad(loss, argnums=tuple(range(len(arrays))))(*arrays)]
+
+
+def test_usage(library: Library):
+    indices = np.array([[0, 2, 2], [-1, 2, 4]])
+    assert_close(dq.usage(library.to(indices), 6), np.array([1, 0, 3, 0, 1, 0], np.float32), library)
+    assert_close(dq.usage(library.to(indices[:, :0]), 2), np.zeros(2, np.float32), library)
+    assert_close(dq.usage(library.to(np.array(1)), 2), np.array([0, 1], np.float32), library)
+    assert_close(dq.usage(library.to(np.array([-1, -1])), 1), np.zeros(1, np.float32), library)
+    assert_close(dq.usage(library.to(indices), np.int64(6)), np.array([1, 0, 3, 0, 1, 0], np.float32), library)
+
+
+@pytest.mark.parametrize(
+    ("counts", "effective", "share"),
+    [
+        ([1, 1, 1, 1], 4.0, 1.0),
+        ([5, 0, 0], 1.0, 1 / 3),
+        ([3, 3, 0, 0], 2.0, 0.5),
+        ([1, 3], 4 / 3**0.75, 1.0),
+        ([7], 1.0, 1.0),
+        ([0, 0], np.nan, 0.0),
+    ],
+)
+def test_perplexity_and_used_share(library: Library, counts: list[int], effective: float, share: float):
+    counts = library.to(np.array(counts, np.float32))
+    # A logarithm and an exponential of numbers of order one.
+    assert_close(dq.perplexity(counts), np.float32(effective)[()].reshape(()), library, rtol=1e-6)
+    assert_close(dq.used_share(counts), np.float32(share).reshape(()), library, rtol=1e-7)
+
+
+@pytest.mark.parametrize("function", [dq.coefficient, dq.positive_share, dq.equivalent_loss])
+def test_errors_of_rows(library: Library, function):
+    more = (dq.Power(1.0),) if function is dq.equivalent_loss else ()
+    name = "equivalent_loss" if more else "coefficient"
+    g, z, q = (library.to(x) for x in rows(4))
+    with pytest.raises(ValueError, match=rf"^{name}: g must have the shape of z, \(4, 3\), got \(2, 3\)$"):
+        function(g[:2, :], z, q, *more)
+    with pytest.raises(ValueError, match=rf"^{name}: q must have the shape of z, \(4, 3\), got \(4, 2\)$"):
+        function(g, z, q[:, :2], *more)
+    scalar = library.to(np.zeros((), np.float32))
+    with pytest.raises(ValueError, match=rf"^{name}: g must have shape \(\.\.\., D\), got \(\)$"):
+        function(scalar, scalar, scalar, *more)
+    with pytest.raises(TypeError, match=rf"^{name}: q must have a real floating dtype .*, got .*int32"):
+        function(g, z, library.to(np.zeros((4, 3), np.int32)), *more)
+    with pytest.raises(TypeError, match=rf"^{name}: g must be an array .*, got builtins\.float$"):
+        function(1.0, z, q, *more)
+    other = np.asarray if library.name != "numpy" else library_named("array_api_strict").to
+    with pytest.raises(TypeError, match=rf"^{name}: expected all arrays of one library, got g of "):
+        function(g, z, other(rows(4)[2]), *more)
+
+
+def test_errors_of_the_equivalent_losss_radius(library: Library):
+    arguments = [library.to(x) for x in rows(4)]
+    with pytest.raises(TypeError, match=r"^Radial: radius must be a radius .*, got 1\.0$"):
+        dq.equivalent_loss(*arguments, 1.0)
+
+
+def test_errors_of_counts(library: Library):
+    with pytest.raises(TypeError, match=r"^usage: indices must have an integer dtype, got .*float32"):
+        dq.usage(library.to(np.zeros(3, np.float32)), 3)
+    for wrong in (0, -1, 2.0, None):
+        with pytest.raises(ValueError, match=rf"^usage: count must be an integer >= 1, got {re.escape(repr(wrong))}$"):
+            dq.usage(library.to(np.zeros(3, int)), wrong)
+    with pytest.raises(TypeError, match=r"^usage: indices must be an array .*, got builtins\.list$"):
+        dq.usage([0, 1], 2)
+    for function in (dq.perplexity, dq.used_share):
+        name = function.__name__
+        with pytest.raises(ValueError, match=rf"^{name}: counts must have shape \(K,\), got \(2, 2\)$"):
+            function(library.to(np.zeros((2, 2), np.float32)))
+        with pytest.raises(TypeError, match=rf"^{name}: counts must have a real floating dtype .*, got .*int32"):
+            function(library.to(np.zeros(2, np.int32)))
+        with pytest.raises(TypeError, match=rf"^{name}: counts must be an array .*, got builtins\.list$"):
+            function([1.0, 2.0])
+
+
+def test_usage_refuses_in_numpy_what_it_would_drop():
+    with pytest.raises(ValueError, match=r"^usage: indices must lie in \[-1, count\) with count = 3, got 3$"):
+        dq.usage(np.array([0, 3]), 3)
+
+
+def test_mixed_dtypes(library: Library):
+    g, z, q = rows(4)
+    with float64_in(library), standard_promotion():
+        mixed = [library.to(g), library.to(z), library.to(q.astype(np.float64))]
+        assert library.back(dq.coefficient(*mixed)).dtype == np.float64
+        expected = (g.astype(np.float64) * (q.astype(np.float64) - z)).sum(axis=-1)
+        assert_close(dq.coefficient(*mixed), expected, library, rtol=1e-14, atol=1e-14)
