@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from diveq_core.compare.recipes import RECIPES
 from diveq_core.compare.settings import CompareError, Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -25,7 +26,7 @@ def compare_command(
     ] = None,
     backend: Annotated[str, typer.Option(help="Array library: numpy, torch, jax or cupy.")] = "numpy",
     estimators: Annotated[
-        list[str] | None, typer.Option(help="Names, repeated or separated by commas; all by default.")
+        list[str] | None, typer.Option(help=f"Repeated or separated by commas; all by default: {', '.join(RECIPES)}.")
     ] = None,
     codewords: Annotated[int, typer.Option(help="Codewords in the codebook, K.")] = Settings.codewords,
     dim: Annotated[int, typer.Option(help="Dimension of a codeword, D.")] = Settings.dim,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from diveq_core.compare.recipes import RECIPES
 
@@ -51,7 +51,7 @@ def save_picture(path: Path, runs: dict[str, list[Run]], patches: Patches) -> No
     subfigures: Any = figure.subfigures(2, 1, height_ratios=[upper_height, lower_height])
     upper, lower = subfigures
     curves, detail, usage = upper.subplots(1, 3, gridspec_kw={"width_ratios": [1.15, 1, 1]})
-    upper.subplots_adjust(left=0.055, right=0.99, top=0.92, bottom=0.2, wspace=0.2)
+    upper.subplots_adjust(left=0.055, right=0.99, top=0.92, bottom=0.2, wspace=0.23)
     seeds = len(next(iter(runs.values())))
     _draw_curves(curves, runs, "Held-out error through the hard codewords")
     curves.set_ylabel(f"mean squared error{f', mean and range of {seeds} seeds' if seeds > 1 else ''}")
@@ -119,6 +119,10 @@ def _draw_usage(axes: Any, runs: dict[str, list[Run]]) -> None:
         )
     if any(run.scores.counts is not None and run.scores.counts.any() for row in quantized.values() for run in row):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlim(0, len(share) * 1.01 + 1)
     axes.axhline(1 / len(share), color="#444444", linewidth=0.8, linestyle=":")
     axes.annotate(
