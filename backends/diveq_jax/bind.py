@@ -53,7 +53,8 @@ mlir.register_lowering(pushforward_p, mlir.lower_fun(_pushforward, multiple_resu
 @pushforward_p.def_abstract_eval
 def _(*operands: Any, rule: Any) -> Any:
     out = jax.eval_shape(functools.partial(_pushforward, rule=rule), *operands)
-    return jax.core.ShapedArray(out.shape, out.dtype)
+    # The tangent of z tells over which axes of a device mesh the rows vary.
+    return operands[-2].update(shape=out.shape, dtype=out.dtype)
 
 
 def _transpose(g: Any, *operands: Any, rule: Any) -> list[Any]:
