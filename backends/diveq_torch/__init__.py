@@ -63,12 +63,19 @@ class TorchBackend(Backend):
     def astype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)
 
+    def like(self, values: Any, x: torch.Tensor) -> torch.Tensor:
+        # The sum is a copy that may be written to, without which torch warns.
+        return torch.as_tensor(values + 0, dtype=x.dtype, device=x.device)
+
     def stop_gradient(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach()
 
     def standard_normal(self, function: str, z: torch.Tensor, rng: Any) -> torch.Tensor:
         if rng is not None and not isinstance(rng, torch.Generator):
             raise TypeError(f"{function}: rng must be a torch.Generator for torch tensors, got {type(rng).__name__}")
+        if rng is None:
+            # torch.compile takes a generator only where every size is known.
+            return torch.randn_like(z, memory_format=torch.contiguous_format)
         return torch.randn(z.shape, generator=rng, dtype=z.dtype, device=z.device)
 
     def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

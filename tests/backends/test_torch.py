@@ -1,0 +1,660 @@
+"""PyTorch: what runs in the backward pass is the core's pullback, under every transformation."""
+
+from __future__ import annotations
+
+import copy
+import io
+import shutil
+
+import numpy as np
+import pytest
+
+import diveq_core as dq
+from conftest import run_python
+from diveq_core.rule import Rule
+
+torch = pytest.importorskip("torch")
+
+ESTIMATORS = [
+    dq.STE(),
+    dq.NSVQ(),
+    dq.DiVeQ(),
+    dq.DiVeQDetach(),
+    dq.Radial(dq.Power(0.5)),
+    dq.Radial(dq.PseudoHuber(0.3)),
+    dq.Radial(dq.PNorm(3.0)),
+    dq.Radial(dq.Mahalanobis(np.diag([1.0, 2.0, 3.0]))),
+    dq.Radial(dq.Cosine()),
+    dq.Radial(lambda q, z: ((q - z).abs() ** 1.5).sum(dim=-1)),
+]
+IDS = {"ids": lambda e: type(getattr(e, "radius", e)).__name__}
+
+# The same formula in another order of operations, on numbers of order one.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE64 = {"rtol": 1e-10, "atol": 1e-10}
+
+# torch's forward mode compiles decompositions by a function that torch itself has deprecated.
+own_deprecation = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+class Marked(dq.DiVeQDetach):
+    """An estimator whose pullback no automatic differentiation could arrive at."""
+
+    def vjp(self, lib, z, q, noise, g):
+        return 3 * g, 5 * g
+
+    def jvp(self, lib, z, q, noise, dz, dq):
+        return 7 * dz + 11 * dq
+
+
+def problem(rows: int = 6, count: int = 5, dtype=torch.float32, seed: int = 0):
+    """z, codebook and noise; the first two ask for gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (rows, 3), (count, 3), (rows, 3)
+    z, codebook, noise = (torch.randn(s, generator=generator, dtype=dtype) for s in shapes)
+    return z.requires_grad_(), codebook.requires_grad_(), noise
+
+
+def loss_of(z_q):
+    """A loss whose cotangent depends on z_q."""
+    return (z_q**3).sum() + (z_q * torch.linspace(-1, 1, 3, dtype=z_q.dtype, device=z_q.device)).sum()
+
+
+def reference(z, codebook, estimator, noise):
+    """Loss and its two gradients by `vjp`, in NumPy unless the radius is a function of tensors."""
+    by_value = isinstance(getattr(estimator, "radius", None), dq.CustomRadius)
+    convert = (lambda x: x.detach()) if by_value else (lambda x: x.detach().numpy())
+    out, pullback = dq.vjp(convert(z), convert(codebook), estimator, noise=convert(noise))
+    z_q = torch.as_tensor(out.z_q).requires_grad_()
+    loss = loss_of(z_q)
+    (g,) = torch.autograd.grad(loss, z_q)
+    return loss.detach(), *(torch.as_tensor(x) for x in pullback(convert(g)))
+
+
+def assert_equal(actual, expected, **tolerance):
+    torch.testing.assert_close(actual, expected, **(tolerance or {"rtol": 0.0, "atol": 0.0}))
+
+
+def whole(f):
+    """``f`` compiled without a graph break, which fullgraph=True makes an error."""
+    torch._dynamo.reset()
+    return torch.compile(f, fullgraph=True, backend="aot_eager")
+
+
+class TestThePullbackInUse:
+    @pytest.mark.parametrize("estimator", ESTIMATORS, **IDS)
+    def test_backward_is_the_pullback(self, estimator):
+        z, codebook, noise = problem()
+        loss, g_z, g_codebook = reference(z, codebook, estimator, noise)
+        actual = loss_of(dq.quantize(z, codebook, estimator, noise=noise).z_q)
+        actual.backward()
+        assert_equal(actual.detach(), loss, **CLOSE)
+        assert_equal(z.grad, g_z, **CLOSE)
+        assert_equal(codebook.grad, g_codebook, **CLOSE)
+
+    def test_backward_calls_the_rules_pullback_once_and_nothing_else(self, monkeypatch):
+        calls = []
+
+        def counted(name):
+            original = getattr(Rule, name)
+
+            def call(self, *arguments):
+                calls.append(name)
+                return original(self, *arguments)
+
+            return call
+
+        for name in ("forward", "pullback", "pushforward"):
+            monkeypatch.setattr(Rule, name, counted(name))
+        z, codebook, noise = problem()
+        out = dq.quantize(z, codebook, dq.DiVeQ(), noise=noise)
+        assert calls == ["forward"]
+        loss_of(out.z_q).backward()
+        assert calls == ["forward", "pullback"]
+
+    @pytest.mark.parametrize("transform", [lambda f: f, whole, torch.func.vmap], ids=["eager", "compile", "vmap"])
+    def test_a_pullback_that_nobody_else_knows_arrives(self, transform):
+        z, codebook, _ = problem()
+        rows = z[:, None] if transform is torch.func.vmap else z
+        z_q = transform(lambda z: dq.quantize(z, codebook, Marked()).z_q)(rows)
+        g_z, g_codebook = torch.autograd.grad(z_q.sum(), (z, codebook))
+        assert_equal(g_z, torch.full_like(z, 3))
+        counts = dq.usage(dq.nearest(z, codebook), len(codebook))
+        assert_equal(g_codebook, 5 * counts[:, None].expand_as(codebook))
+
+    @own_deprecation
+    def test_a_pullback_that_nobody_else_knows_arrives_in_torch_func(self):
+        z, codebook, _ = (x.detach() for x in problem())
+
+        def f(z, codebook):
+            return dq.quantize(z, codebook, Marked()).z_q
+
+        counts = dq.usage(dq.nearest(z, codebook), len(codebook))[:, None].expand_as(codebook)
+        g_z, g_codebook = torch.func.grad(lambda *x: f(*x).sum(), argnums=(0, 1))(z, codebook)
+        assert_equal(g_z, torch.full_like(z, 3))
+        assert_equal(g_codebook, 5 * counts)
+        tangents = torch.ones_like(z), torch.ones_like(codebook)
+        assert_equal(torch.func.jvp(f, (z, codebook), tangents)[1], torch.full_like(z, 18))
+
+
+class TestWhoAsksForGradients:
+    @pytest.mark.parametrize("estimator", ESTIMATORS, **IDS)
+    @pytest.mark.parametrize("wanted", ["z", "codebook"])
+    def test_one_gradient_alone(self, estimator, wanted: str):
+        z, codebook, noise = problem()
+        _, g_z, g_codebook = reference(z, codebook, estimator, noise)
+        (codebook if wanted == "z" else z).requires_grad_(False)
+        loss_of(dq.quantize(z, codebook, estimator, noise=noise).z_q).backward()
+        if wanted == "z":
+            assert_equal(z.grad, g_z, **CLOSE)
+            assert codebook.grad is None
+        else:
+            assert_equal(codebook.grad, g_codebook, **CLOSE)
+            assert z.grad is None
+
+    def test_noise_and_indices_get_no_gradient(self):
+        z, codebook, noise = problem()
+        noise.requires_grad_()
+        out = dq.quantize(z, codebook, dq.DiVeQ(), noise=noise)
+        loss_of(out.z_q).backward()
+        assert noise.grad is None
+        assert z.grad is not None
+        assert not out.indices.requires_grad
+
+    def test_nothing_is_recorded_where_nobody_asks(self):
+        z, codebook, _ = problem()
+        with torch.no_grad():
+            assert dq.quantize(z, codebook, dq.DiVeQ()).z_q.grad_fn is None
+        with torch.inference_mode():
+            assert not dq.quantize(z, codebook, dq.DiVeQ()).z_q.requires_grad
+        assert not dq.quantize(z.detach(), codebook.detach(), dq.DiVeQ()).z_q.requires_grad
+
+    def test_gradients_accumulate_over_calls_and_backward_passes(self):
+        z, codebook, noise = problem()
+        _, g_z, g_codebook = reference(z, codebook, dq.DiVeQ(), noise)
+        first, second = (loss_of(dq.quantize(z, codebook, dq.DiVeQ(), noise=noise).z_q) for _ in range(2))
+        (first + second).backward(retain_graph=True)
+        first.backward()
+        assert_equal(z.grad, 3 * g_z, **CLOSE)
+        assert_equal(codebook.grad, 3 * g_codebook, **CLOSE)
+
+    def test_overwriting_what_the_backward_pass_needs_is_an_error(self):
+        z, codebook, _ = problem()
+        out = dq.quantize(z, codebook, dq.DiVeQDetach())
+        with torch.no_grad():
+            z.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.z_q.sum().backward()
+
+    def test_lookup_is_differentiable(self):
+        _, codebook, _ = problem()
+        (gradient,) = torch.autograd.grad(dq.lookup(torch.tensor([1, 0, 1]), codebook).sum(), codebook)
+        assert_equal(gradient[:, 0], torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0]))
+
+    def test_vjp_and_jvp_differentiate_again(self):
+        # A pullback of one's own making is a function of tensors like any other.
+        z, codebook, noise = problem(dtype=torch.float64)
+        out = dq.quantize(z, codebook, dq.DiVeQ(0.5), noise=noise)
+        (by_autograd,) = torch.autograd.grad(out.z_q, z, noise, create_graph=True)
+        (expected,) = torch.autograd.grad(by_autograd.square().sum(), z)
+        _, pullback = dq.vjp(z, codebook, dq.DiVeQ(0.5), noise=noise)
+        (actual,) = torch.autograd.grad(pullback(noise)[0].square().sum(), z)
+        assert_equal(actual, expected, **CLOSE64)
+
+
+def sg_expression(z, codebook, indices, estimator, noise):
+    """The stop-gradient expression, for plain automatic differentiation."""
+    d = codebook[indices] - z
+    if isinstance(estimator, dq.Radial):
+        r = (d**2).sum(dim=-1, keepdim=True).add(estimator.radius.delta**2).sqrt()
+        return z + r * (d / r).detach()
+    rho = d.norm(dim=-1, keepdim=True)
+    w = d + estimator.sigma * noise
+    return z + rho * (w / w.norm(dim=-1, keepdim=True)).detach()
+
+
+SMOOTH = [dq.DiVeQ(0.5), dq.Radial(dq.PseudoHuber(0.3))]
+
+
+class TestSecondDerivatives:
+    @pytest.mark.parametrize("estimator", SMOOTH, **IDS)
+    def test_double_backward(self, estimator):
+        z, codebook, noise = problem(dtype=torch.float64)
+        indices = dq.nearest(z, codebook)
+
+        def twice(z_q):
+            first = torch.autograd.grad(loss_of(z_q), (z, codebook), create_graph=True)
+            return torch.autograd.grad(sum((x**2).sum() for x in first), (z, codebook))
+
+        expected = twice(sg_expression(z, codebook, indices, estimator, noise))
+        assert_equal(twice(dq.quantize(z, codebook, estimator, noise=noise).z_q), expected, **CLOSE64)
+
+    @own_deprecation
+    @pytest.mark.parametrize("estimator", SMOOTH, **IDS)
+    def test_hessian(self, estimator):
+        z, codebook, noise = (x.detach() for x in problem(rows=2, dtype=torch.float64))
+        indices = dq.nearest(z, codebook)
+        expected = torch.func.hessian(lambda z: loss_of(sg_expression(z, codebook, indices, estimator, noise)))(z)
+        for hessian in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
+            actual = hessian(lambda z: loss_of(dq.quantize(z, codebook, estimator, noise=noise).z_q))(z)
+            assert_equal(actual, expected, **CLOSE64)
+
+
+class TestFunc:
+    @pytest.mark.parametrize("estimator", ESTIMATORS, **IDS)
+    def test_grad(self, estimator):
+        z, codebook, noise = problem()
+        _, g_z, g_codebook = reference(z, codebook, estimator, noise)
+
+        def loss(z, codebook):
+            return loss_of(dq.quantize(z, codebook, estimator, noise=noise).z_q)
+
+        actual = torch.func.grad(loss, argnums=(0, 1))(z.detach(), codebook.detach())
+        assert_equal(actual, (g_z, g_codebook), **CLOSE)
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS, **IDS)
+    @pytest.mark.parametrize("in_dims", [(0, None, 0), (0, 0, 0), (None, 0, None), (1, None, 0)], ids=str)
+    def test_vmap(self, estimator, in_dims):
+        batches = [[x.detach() for x in problem(seed=seed)] for seed in range(3)]
+        stacked = [torch.stack(x) for x in zip(*batches, strict=True)]
+        arguments = [x[0] if dim is None else x.movedim(0, dim) for x, dim in zip(stacked, in_dims, strict=True)]
+
+        def f(z, codebook, noise):
+            return tuple(dq.quantize(z, codebook, estimator, noise=noise))
+
+        def gradients(z, codebook, noise):
+            return torch.func.grad(lambda *x: loss_of(f(*x, noise)[0]), argnums=(0, 1))(z, codebook)
+
+        z_q, indices = torch.func.vmap(f, in_dims=in_dims)(*arguments)
+        g_z, g_codebook = torch.func.vmap(gradients, in_dims=in_dims)(*arguments)
+        for batch in range(3):
+            one = [x[0] if dim is None else x[batch] for x, dim in zip(stacked, in_dims, strict=True)]
+            expected = f(*one)
+            assert_equal(z_q[batch], expected[0], **CLOSE)
+            assert_equal(indices[batch], expected[1])
+            assert_equal((g_z[batch], g_codebook[batch]), gradients(*one), **CLOSE)
+
+    def test_gradient_of_vmap(self):
+        z, codebook, noise = problem(rows=4)
+        _, g_z, g_codebook = reference(z, codebook, dq.DiVeQ(), noise)
+
+        def row(z, noise):
+            return dq.quantize(z, codebook, dq.DiVeQ(), noise=noise).z_q
+
+        loss_of(torch.func.vmap(row)(z, noise)).backward()
+        assert_equal(z.grad, g_z, **CLOSE)
+        assert_equal(codebook.grad, g_codebook, **CLOSE)
+
+    def test_vmap_of_vmap(self):
+        z, codebook, _ = (x.detach() for x in problem(rows=4))
+        grid = z[:, None, None, :].expand(4, 2, 1, 3)
+        twice = torch.func.vmap(torch.func.vmap(lambda z: dq.nearest(z, codebook)))(grid)
+        assert_equal(twice, dq.nearest(z, codebook)[:, None, None].expand(4, 2, 1))
+
+    def test_vmap_draws_noise_as_it_is_told(self):
+        z, codebook, _ = (x.detach() for x in problem())
+        batch = z.expand(3, *z.shape)
+
+        def draw(randomness: str):
+            return torch.func.vmap(lambda z: dq.quantize(z, codebook, dq.NSVQ()).z_q, randomness=randomness)(batch)
+
+        assert not torch.equal(*draw("different")[:2])
+        assert torch.equal(*draw("same")[:2])
+
+    @own_deprecation
+    @pytest.mark.parametrize("estimator", ESTIMATORS, **IDS)
+    def test_jvp(self, estimator):
+        z, codebook, noise = (x.detach() for x in problem())
+        dz, dcodebook, _ = (x.detach() for x in problem(seed=1))
+        expected = dq.jvp(z, codebook, dz, dcodebook, estimator, noise=noise)[1]
+
+        def f(z, codebook):
+            return dq.quantize(z, codebook, estimator, noise=noise).z_q
+
+        assert_equal(torch.func.jvp(f, (z, codebook), (dz, dcodebook))[1], expected, **CLOSE)
+        for only in (0, 1):
+            tangents = [t if i == only else torch.zeros_like(t) for i, t in enumerate((dz, dcodebook))]
+            expected = dq.jvp(z, codebook, *tangents, estimator, noise=noise)[1]
+            with torch.autograd.forward_ad.dual_level():
+                primals = [z, codebook]
+                primals[only] = torch.autograd.forward_ad.make_dual(primals[only], tangents[only])
+                actual = torch.autograd.forward_ad.unpack_dual(f(*primals)).tangent
+                assert_equal(actual, expected, **CLOSE)
+
+    @own_deprecation
+    @pytest.mark.parametrize("estimator", [dq.DiVeQ(), dq.Radial(dq.Power(0.5))], **IDS)
+    def test_forward_and_reverse_jacobians_agree(self, estimator):
+        z, codebook, noise = (x.detach() for x in problem(rows=2, dtype=torch.float64))
+
+        def f(z, codebook):
+            return dq.quantize(z, codebook, estimator, noise=noise).z_q
+
+        forward = torch.func.jacfwd(f, argnums=(0, 1))(z, codebook)
+        reverse = torch.func.jacrev(f, argnums=(0, 1))(z, codebook)
+        assert_equal(forward, reverse, **CLOSE64)
+
+    def test_check_finite_says_that_it_cannot_while_traced(self):
+        z, codebook, _ = problem()
+        message = "check_finite=True reads the values of z, which have none while being traced"
+        with pytest.raises(ValueError, match=message):
+            torch.func.vmap(lambda z: dq.nearest(z, codebook, check_finite=True))(z[None])
+        with pytest.raises(Exception, match="check_finite=True reads the values of z"):
+            whole(lambda z: dq.nearest(z, codebook, check_finite=True))(z)
+
+
+class TestCompile:
+    @pytest.mark.parametrize("estimator", ESTIMATORS, **IDS)
+    def test_whole(self, estimator):
+        z, codebook, noise = problem()
+        loss, g_z, g_codebook = reference(z, codebook, estimator, noise)
+
+        def step(z, codebook, noise):
+            out = dq.quantize(z, codebook, estimator, noise=noise)
+            return loss_of(out.z_q), out.indices
+
+        actual, indices = whole(step)(z, codebook, noise)
+        actual.backward()
+        assert_equal(actual.detach(), loss, **CLOSE)
+        assert_equal(indices, dq.nearest(z, codebook))
+        assert_equal(z.grad, g_z, **CLOSE)
+        assert_equal(codebook.grad, g_codebook, **CLOSE)
+
+    def test_once_for_a_shape(self):
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        @torch.compile(fullgraph=True, backend=backend)
+        def step(z, codebook):
+            out = dq.quantize(z, codebook, dq.DiVeQ())
+            return out.z_q, dq.usage(out.indices, 5), dq.lookup(out.indices, codebook)
+
+        for seed in range(3):
+            z, codebook, _ = problem(seed=seed)
+            _, counts, rows = step(z, codebook)
+            assert counts.sum() == len(z)
+            assert_equal(rows, codebook[dq.nearest(z, codebook)])
+        assert len(graphs) == 1
+
+    def test_drawn_noise_and_other_shapes(self):
+        step = whole(lambda z, codebook: dq.quantize(z, codebook, dq.NSVQ()).z_q)
+        for rows in (6, 9, 11):
+            z, codebook, _ = problem(rows=rows)
+            first, second = step(z, codebook), step(z, codebook)
+            assert first.shape == z.shape
+            assert not torch.equal(first, second)
+
+    def test_the_other_verbs(self):
+        z, codebook, noise = (x.detach() for x in problem())
+
+        def verbs(z, codebook, noise):
+            out, pullback = dq.vjp(z, codebook, dq.DiVeQ(), noise=noise)
+            _, tangent = dq.jvp(z, codebook, noise, codebook, dq.DiVeQ(), noise=noise)
+            share = dq.positive_share(noise, z, dq.lookup(out.indices, codebook))
+            counts = dq.usage(dq.nearest(z, codebook), codebook.shape[0])
+            return *pullback(out.z_q), tangent, share, dq.perplexity(counts)
+
+        assert_equal(whole(verbs)(z, codebook, noise), verbs(z, codebook, noise), **CLOSE)
+
+    @pytest.mark.parametrize("first", ["quantize", "nearest", "vjp"])
+    def test_a_compiled_call_may_be_the_first(self, first: str):
+        # Warnings inside torch while it compiles are its own.
+        code = f"""
+            import warnings
+            warnings.simplefilter("default")
+            import torch
+            import diveq_core as dq
+
+            calls = {{
+                "quantize": lambda z, c: dq.quantize(z, c, dq.DiVeQ()).z_q,
+                "nearest": lambda z, c: dq.nearest(z, c),
+                "vjp": lambda z, c: dq.vjp(z, c, dq.DiVeQDetach())[1](z)[0],
+            }}
+            f = torch.compile(calls[{first!r}], fullgraph=True, backend="aot_eager")
+            print(len(f(torch.randn(4, 3), torch.randn(5, 3))))
+        """
+        assert run_python(code) == "4\n"
+
+    @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_with_inductor(self):
+        torch._dynamo.reset()
+        z, codebook, noise = problem()
+        _, g_z, g_codebook = reference(z, codebook, dq.DiVeQ(), noise)
+
+        @torch.compile(fullgraph=True)
+        def step(z, codebook, noise):
+            return loss_of(dq.quantize(z, codebook, dq.DiVeQ(), noise=noise).z_q)
+
+        step(z, codebook, noise).backward()
+        assert_equal(z.grad, g_z, **CLOSE)
+        assert_equal(codebook.grad, g_codebook, **CLOSE)
+
+    def test_export(self):
+        z, codebook, _ = (x.detach() for x in problem())
+        exported = torch.export.export(Quantizer(dq.DiVeQDetach(), codebook), (z,))
+        assert_equal(exported.module()(z).detach(), codebook[dq.nearest(z, codebook)])
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("estimator", [dq.DiVeQ(), ESTIMATORS[7]], **IDS)
+    def test_autocast_rounds_nothing_here(self, estimator):
+        z, codebook, noise = problem(rows=200, count=50)
+        expected = dq.nearest(z, codebook)
+        _, g_z, g_codebook = reference(z, codebook, estimator, noise)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = dq.quantize(z, codebook, estimator, noise=noise)
+            loss = loss_of(out.z_q)
+            inside = torch.autograd.grad(loss, (z, codebook), retain_graph=True)
+        assert_equal(out.indices, expected)
+        assert out.z_q.dtype == torch.float32
+        loss.backward()
+        for g in ((z.grad, codebook.grad), inside):
+            # Up to 50 rows add up for a codeword.
+            assert_equal(g, (g_z, g_codebook), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_layer_in_autocast_with_a_float32_codebook(self, dtype):
+        z, codebook, noise = problem(rows=20)
+        layer = torch.nn.Linear(3, 3)
+        with torch.autocast("cpu", dtype=dtype):
+            hidden = layer(z)
+            assert hidden.dtype == dtype
+            out = dq.quantize(hidden, codebook, dq.DiVeQ(), noise=noise)
+        out.z_q.square().mean().backward()
+        assert out.z_q.dtype == torch.float32
+        assert torch.isfinite(layer.weight.grad).all()
+        assert layer.weight.grad.abs().sum() > 0
+        assert torch.isfinite(codebook.grad).all()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_sixteen_bit_gradients(self, dtype):
+        z, codebook, noise = (x.detach().to(dtype) for x in problem(rows=20))
+        wide = [x.float() for x in (z, codebook, noise)]
+        _, pullback = dq.vjp(*wide[:2], dq.DiVeQ(), noise=wide[2])
+        z_q = dq.quantize(z.requires_grad_(), codebook.requires_grad_(), dq.DiVeQ(), noise=noise).z_q
+        assert z_q.dtype == dtype
+        z_q.backward(noise)
+        # Computed in float32 and rounded once; half a unit may go to the other side.
+        once = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-6}
+        for actual, expected in zip((z.grad, codebook.grad), pullback(wide[2]), strict=True):
+            assert actual.dtype == dtype
+            assert_equal(actual.float(), expected, **once)
+
+    def test_default_dtype_does_not_matter(self):
+        z, codebook, noise = (x.detach() for x in problem())
+        _, pullback = dq.vjp(z, codebook, dq.DiVeQ(), noise=noise)
+        expected = pullback(noise)
+        torch.set_default_dtype(torch.float64)
+        try:
+            out, pullback = dq.vjp(z, codebook, dq.DiVeQ(), noise=noise)
+            actual = pullback(noise)
+            drawn = dq.quantize(z, codebook, dq.DiVeQ()).z_q
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert out.z_q.dtype == drawn.dtype == torch.float32
+        assert_equal(actual, expected)
+
+
+class TestMemory:
+    @pytest.mark.parametrize(
+        ("estimator", "noisy"),
+        [(dq.STE(), 0), (dq.DiVeQDetach(), 0), (dq.Radial(dq.PseudoHuber()), 0), (dq.DiVeQ(), 1), (dq.NSVQ(), 1)],
+    )
+    def test_what_is_saved_between_forward_and_backward(self, estimator, noisy: int):
+        z, codebook, _ = problem(rows=100)
+        saved = {}
+
+        def pack(x):
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            z_q = dq.quantize(z, codebook, estimator).z_q
+        for own in (z, codebook):
+            saved.pop(own.untyped_storage().data_ptr(), None)
+        # The indices alone, and the noise where there is any.
+        assert sorted(saved.values()) == sorted([8 * len(z)] + noisy * [4 * z.numel()])
+        z_q.sum().backward()
+        assert z.grad is not None
+
+    def test_activation_checkpointing_draws_the_same_noise_again(self):
+        z, codebook, _ = problem()
+
+        def f(z, codebook):
+            return loss_of(dq.quantize(z, codebook, dq.DiVeQ(1.0)).z_q)
+
+        def again(z, codebook):
+            return torch.utils.checkpoint.checkpoint(f, z, codebook, use_reentrant=False)
+
+        gradients = []
+        for loss in (f, again):
+            torch.manual_seed(0)
+            gradients.append(torch.autograd.grad(loss(z, codebook), (z, codebook)))
+        assert_equal(*gradients)
+
+
+class Quantizer(torch.nn.Module):
+    def __init__(self, estimator, codebook=None):
+        super().__init__()
+        codebook = torch.linspace(-1, 1, 15).reshape(5, 3) if codebook is None else codebook
+        self.codebook = torch.nn.Parameter(codebook)
+        self.estimator = estimator
+
+    def forward(self, z):
+        return dq.quantize(z, self.codebook, self.estimator).z_q
+
+
+class TestModules:
+    def test_a_codebook_trains(self):
+        torch.manual_seed(0)
+        z = torch.randn(200, 3)
+        module = Quantizer(dq.DiVeQ())
+        optimizer = torch.optim.Adam(module.parameters(), 0.05)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (module(z) - z).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0]
+
+    @pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if "lambda" not in repr(e)], **IDS)
+    def test_copy_and_save(self, estimator):
+        module = Quantizer(estimator)
+        file = io.BytesIO()
+        torch.save(module, file)
+        file.seek(0)
+        z, _, _ = problem()
+        for other in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+            gradients = []
+            for m in (module, other):
+                torch.manual_seed(0)
+                gradients.append(torch.autograd.grad(loss_of(m(z)), (z, m.codebook)))
+            assert_equal(*gradients)
+
+    def test_tensor_subclasses_keep_their_class(self):
+        class Named(torch.Tensor):
+            pass
+
+        z, codebook, noise = problem()
+        _, g_z, _ = reference(z, codebook, dq.DiVeQ(), noise)
+        named = z.detach().as_subclass(Named).requires_grad_()
+        out = dq.quantize(named, codebook, dq.DiVeQ(), noise=noise)
+        assert isinstance(out.z_q, Named)
+        loss_of(out.z_q).backward()
+        assert_equal(named.grad.as_subclass(torch.Tensor), g_z, **CLOSE)
+
+    @pytest.mark.parametrize("transform", [lambda f: f, whole, torch.func.vmap], ids=["eager", "compile", "vmap"])
+    @pytest.mark.parametrize("kind", ["read-only", "tensor", "float32"])
+    def test_a_matrix_of_numpy_or_torch(self, kind: str, transform):
+        matrix = np.diag([1.0, 2.0, 3.0])
+        z, codebook, noise = problem()
+        _, g_z, _ = reference(z, codebook, dq.Radial(dq.Mahalanobis(matrix)), noise)
+        matrix.flags.writeable = False
+        matrix = {"read-only": matrix, "tensor": torch.tensor(matrix), "float32": matrix.astype(np.float32)}[kind]
+        estimator = dq.Radial(dq.Mahalanobis(matrix))
+        rows = z[:, None] if transform is torch.func.vmap else z
+        loss_of(transform(lambda z: dq.quantize(z, codebook, estimator).z_q)(rows)).backward()
+        assert_equal(z.grad, g_z, **CLOSE)
+
+    def test_layouts_of_memory(self):
+        z, codebook, noise = problem(rows=6)
+        _, g_z, g_codebook = reference(z, codebook, dq.DiVeQ(), noise)
+        turned = [x.detach().T.contiguous().T for x in (z, codebook, noise)]
+        assert not turned[0].is_contiguous()
+        turned[:2] = [x.requires_grad_() for x in turned[:2]]
+        loss_of(dq.quantize(turned[0], turned[1], dq.DiVeQ(), noise=turned[2]).z_q).backward()
+        assert_equal(turned[0].grad, g_z, **CLOSE)
+        assert_equal(turned[1].grad, g_codebook, **CLOSE)
+        expanded = z.detach()[:1].expand(4, 3)
+        assert_equal(dq.nearest(expanded, codebook), dq.nearest(z[:1], codebook).expand(4))
+
+    def test_no_values_needed_for_shapes(self):
+        z, codebook = torch.empty(4, 3, device="meta"), torch.empty(5, 3, device="meta")
+        out = dq.quantize(z, codebook, dq.DiVeQ())
+        assert out.z_q.shape == (4, 3)
+        assert out.indices.shape == (4,)
+        assert out.z_q.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+class TestCUDA:
+    @pytest.mark.parametrize("estimator", ESTIMATORS, **IDS)
+    def test_the_same_numbers(self, estimator):
+        z, codebook, noise = problem(rows=300, count=40)
+        _, g_z, g_codebook = reference(z, codebook, estimator, noise)
+        there = [x.detach().cuda().requires_grad_() for x in (z, codebook)]
+        out = dq.quantize(*there, estimator, noise=noise.cuda())
+        assert out.indices.device == there[0].device
+        assert_equal(out.indices.cpu(), dq.nearest(z, codebook))
+        loss_of(out.z_q).backward()
+        # Tens of rows add up for a codeword, in any order.
+        assert_equal(there[0].grad.cpu(), g_z, rtol=1e-4, atol=1e-4)
+        assert_equal(there[1].grad.cpu(), g_codebook, rtol=1e-4, atol=1e-4)
+
+    def test_nothing_waits_for_the_device(self):
+        z, codebook = (x.detach().cuda().requires_grad_() for x in problem()[:2])
+        dq.quantize(z, codebook, dq.DiVeQ()).z_q.sum().backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            dq.quantize(z, codebook, dq.DiVeQ()).z_q.sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert z.grad.isfinite().all()
+
+    def test_a_generator_of_the_device(self):
+        z, codebook = (x.detach().cuda() for x in problem()[:2])
+        first, second = (
+            dq.quantize(z, codebook, dq.NSVQ(), rng=torch.Generator("cuda").manual_seed(0)).z_q for _ in range(2)
+        )
+        assert_equal(first, second)
+
+    def test_two_devices_are_refused_by_torch(self):
+        z, codebook, _ = problem()
+        with pytest.raises(RuntimeError, match="device"):
+            dq.nearest(z.cuda(), codebook)
