@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from diveq_core.bench.settings import BenchError
+from diveq_core.bench.settings import Settings as BenchSettings
 from diveq_core.compare.recipes import RECIPES
 from diveq_core.compare.settings import CompareError, Settings
 
@@ -59,4 +61,39 @@ def compare_command(
         compare(settings, backend, data, out, json)
     except CompareError as error:
         typer.echo(f"compare: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command("bench")
+def bench_command(
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in seconds; judges no bar.")] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Time the sizes given below instead of the bars.")] = False,
+    n: Annotated[list[int] | None, typer.Option(help="Vectors, N; may be repeated, as all of these.")] = None,
+    k: Annotated[list[int] | None, typer.Option(help="Codewords, K.")] = None,
+    d: Annotated[list[int] | None, typer.Option(help="Dimension, D.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, float64, float16 or bfloat16.")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="numpy, torch, jax or cupy; all by default.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="cpu or cuda.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds; 9 by default, 3 if quick.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("bench.png"),
+    json: Annotated[Path | None, typer.Option(help="Also write all figures as data.")] = None,
+) -> None:
+    """Time search and training step beside other packages; print ratios, save a picture of how cost grows."""
+    from diveq_core.bench.command import bench
+
+    try:
+        settings = BenchSettings(
+            quick=quick,
+            grid=grid,
+            n=tuple(n or ()),
+            k=tuple(k or ()),
+            d=tuple(d or ()),
+            dtype=tuple(dtype or ()),
+            backend=tuple(backend or ()),
+            device=tuple(device or ()),
+            repeats=repeats,
+        )
+        bench(settings, out, json)
+    except BenchError as error:
+        typer.echo(f"bench: {error}", err=True)
         raise typer.Exit(2) from None
