@@ -122,6 +122,10 @@ class Backend:
         drawn = rng.standard_normal(tuple(z.shape)).tolist()
         return self.astype(self.xp.asarray(drawn, dtype=self.compute_dtype(z.dtype)), z.dtype)
 
+    def streams(self, rng: Any, count: int) -> list[Any]:
+        """``rng`` for each of so many draws."""
+        return [rng] * count
+
     def matmul(self, a: Array, b: Array) -> Array:
         """Matrix product in the full precision of its inputs."""
         return self.xp.matmul(a, b)

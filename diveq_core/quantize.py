@@ -14,6 +14,7 @@ from diveq_core._array import (
     check_shape,
     describe,
 )
+from diveq_core.compose import Composite
 from diveq_core.estimators import Estimator
 from diveq_core.registry import backend_of
 from diveq_core.rule import Rule
@@ -116,10 +117,46 @@ def lookup(indices: Array, codebook: Array, /) -> Array:
     return lib.xp.reshape(rows, (*indices.shape, codebook.shape[1]))
 
 
+def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /) -> Array:
+    """Vectors from indices: what a hard estimator's `quantize` gave, exactly.
+
+    Parameters
+    ----------
+    indices : integer array (...)
+        As `quantize` gave them: with one axis more for a `Residual` or `Product`.
+    codebook : array (K, D)
+        Or what the `Residual` or `Product` takes.
+    estimator : Estimator, Residual or Product
+
+    Returns
+    -------
+    array (..., D)
+        In the codebook's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `lookup`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> codebooks = np.array([[[0.0, 0.0], [4.0, 4.0]], [[0.0, 0.0], [0.5, -0.5]]])
+    >>> dq.decode(np.array([[1, 1], [0, 1]]), codebooks, dq.Residual(dq.STE(), stages=2))
+    array([[ 4.5,  3.5],
+           [ 0.5, -0.5]])
+    """
+    if isinstance(estimator, Composite):
+        return estimator.decode(decode, indices, codebook)
+    _check_estimator("decode", estimator)
+    return lookup(indices, codebook)
+
+
 def quantize(
     z: Array,
     codebook: Array,
-    estimator: Estimator,
+    estimator: Estimator | Composite,
     /,
     *,
     noise: Array | None = None,
@@ -136,8 +173,9 @@ def quantize(
     z : array (..., D)
         Vectors to quantize, for instance an encoder's output.
     codebook : array (K, D)
-    estimator : Estimator
-        `STE`, `NSVQ`, `DiVeQ`, `DiVeQDetach` or `Radial`.
+    estimator : Estimator, Residual or Product
+        `STE`, `NSVQ`, `DiVeQ`, `DiVeQDetach` or `Radial`; or several of them by `Residual` or `Product`, which
+        say what shape of codebook, noise and indices they take.
     noise : array (..., D), optional
         Standard normal numbers in the shape of ``z``; the estimator scales them. The same noise gives the same
         numbers in every library. Estimators without noise ignore it.
@@ -169,6 +207,9 @@ def quantize(
     >>> dq.quantize(np.array([[0.2, 0.1]]), np.array([[0.0, 0.0], [1.0, 1.0]]), dq.DiVeQDetach())
     Quantized(z_q=array([[0., 0.]]), indices=array([0]))
     """
+    if isinstance(estimator, Composite):
+        options = {"noise": noise, "rng": rng, "indices": indices, "check_finite": check_finite}
+        return Quantized(*estimator.quantize(quantize, z, codebook, options))
     call = _Call("quantize", z, codebook, estimator, noise, rng, indices, check_finite)
     z_q = call.rule.lib.bind(call.rule, call.z, codebook, call.indices, call.noise)
     return call.quantized(z_q)
@@ -177,7 +218,7 @@ def quantize(
 def vjp(
     z: Array,
     codebook: Array,
-    estimator: Estimator,
+    estimator: Estimator | Composite,
     /,
     *,
     noise: Array | None = None,
@@ -214,6 +255,10 @@ def vjp(
     array([[1., 0.],
            [0., 0.]])
     """
+    if isinstance(estimator, Composite):
+        options = {"noise": noise, "rng": rng, "indices": indices, "check_finite": check_finite}
+        parts, pullback_of_parts = estimator.vjp(vjp, z, codebook, options)
+        return Quantized(*parts), pullback_of_parts
     call = _Call("vjp", z, codebook, estimator, noise, rng, indices, check_finite)
     rule = call.rule
     out = call.quantized(rule.forward(call.z, codebook, call.indices, call.noise))
@@ -231,7 +276,7 @@ def jvp(
     codebook: Array,
     dz: Array,
     dcodebook: Array,
-    estimator: Estimator,
+    estimator: Estimator | Composite,
     /,
     *,
     noise: Array | None = None,
@@ -270,6 +315,10 @@ def jvp(
     >>> tangent
     array([[0., 1.]])
     """
+    if isinstance(estimator, Composite):
+        options = {"noise": noise, "rng": rng, "indices": indices, "check_finite": check_finite}
+        parts, tangent_of_parts = estimator.jvp(jvp, z, codebook, dz, dcodebook, options)
+        return Quantized(*parts), tangent_of_parts
     call = _Call("jvp", z, codebook, estimator, noise, rng, indices, check_finite)
     rule = call.rule
     _check_like(rule.lib, "jvp", "dz", dz, z, "z")
@@ -293,11 +342,7 @@ class _Call:
         indices: Array | None,
         finite: bool | None,
     ) -> None:
-        if not isinstance(estimator, Estimator):
-            hint = "; call it: an instance is expected" if isinstance(estimator, type) else ""
-            raise TypeError(
-                f"{function}: estimator must be an Estimator such as DiVeQ(), got {describe(estimator)}{hint}"
-            )
+        _check_estimator(function, estimator)
         lib = backend_of(function, z=z, codebook=codebook)
         _check_inputs(lib, function, z, codebook, finite)
         if noise is not None:
@@ -325,6 +370,12 @@ class _Call:
         """The output in the shape of ``z``."""
         reshape = self.rule.lib.xp.reshape
         return Quantized(reshape(z_q, self.shape), reshape(self.indices, self.shape[:-1]))
+
+
+def _check_estimator(function: str, estimator: object) -> None:
+    if not isinstance(estimator, Estimator):
+        hint = "; call it: an instance is expected" if isinstance(estimator, type) else ""
+        raise TypeError(f"{function}: estimator must be an Estimator such as DiVeQ(), got {describe(estimator)}{hint}")
 
 
 def _flat(lib: Backend, x: Array) -> Array:

@@ -55,6 +55,9 @@ class JaxBackend(Backend):
             )
         return jax.random.normal(rng, z.shape, z.dtype)
 
+    def streams(self, rng: Any, count: int) -> list[Any]:
+        return [None] * count if rng is None else list(jax.random.split(rng, count))
+
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
