@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from diveq_core.backend import Backend
 
 
+# Wider, the arithmetic of float32 hides the writing of scores, and the library's product does it faster.
+_FUSED_WIDTH = 256
+
 # Rows of half precision that are widened at a time on the way to NumPy.
 _ROWS_WIDENED = 1 << 16
 
@@ -27,8 +32,32 @@ def nearest_rows(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index of the nearest codeword, (N, D), (K, D) -> (N,) int64; -1 for a row that is not finite."""
     lib = backend_of("nearest", z=z)
     dtype = lib.compute_dtype(torch.promote_types(z.dtype, codebook.dtype))
-    on_cpu = z.device.type == "cpu"
-    return (_nearest_by_numpy if on_cpu else _nearest_by_product)(lib, z, codebook.to(dtype))
+    if z.device.type == "cpu":
+        return _nearest_by_numpy(lib, z, codebook.to(dtype))
+    if _fused_serves(z, codebook):
+        from diveq_torch import fused
+
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            return fused.nearest_rows(lib, z, codebook)
+    return _nearest_by_product(lib, z, codebook.to(dtype))
+
+
+def _fused_serves(z: torch.Tensor, codebook: torch.Tensor) -> bool:
+    """Whether the fused kernel can run, and is not too wide for it."""
+    if z.device.type != "cuda" or torch.version.hip is not None or not _has_triton():
+        return False
+    narrow = z.dtype == codebook.dtype and z.dtype in (torch.float16, torch.bfloat16)
+    return (
+        torch.float64 not in (z.dtype, codebook.dtype)
+        and (narrow or codebook.shape[1] <= _FUSED_WIDTH)
+        and codebook.shape[0] < 1 << 30
+        and torch.cuda.get_device_capability(z.device) >= (8, 0)
+    )
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _nearest_by_numpy(_lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
