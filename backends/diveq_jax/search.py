@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from diveq_core import search
 from diveq_core.registry import backend_of
+
+if TYPE_CHECKING:
+    from diveq_core.backend import Backend
 
 
 @jax.custom_batching.custom_vmap
@@ -29,6 +33,18 @@ def _(axis_size: int, in_batched: list[bool], z: jax.Array, codebook: jax.Array)
 @jax.jit
 def _nearest_rows(z: jax.Array, codebook: jax.Array) -> jax.Array:
     lib = backend_of("nearest", z=z)
+    if jax.default_backend() == "gpu":
+        from diveq_jax import fused
+
+        if fused.serves(z, codebook):
+            kernel = functools.partial(fused.nearest_rows, lib)
+            return jax.lax.platform_dependent(
+                z, codebook, cuda=kernel, default=functools.partial(_nearest_by_product, lib)
+            )
+    return _nearest_by_product(lib, z, codebook)
+
+
+def _nearest_by_product(lib: Backend, z: jax.Array, codebook: jax.Array) -> jax.Array:
     dtype = lib.compute_dtype(jnp.result_type(z.dtype, codebook.dtype))
     codebook = codebook.astype(dtype)
     centre, inverse_scale = search.frame(lib, codebook)
