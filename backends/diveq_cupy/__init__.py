@@ -9,6 +9,7 @@ import cupy
 import cupyx
 
 from diveq_core.backend import Backend
+from diveq_cupy.search import nearest_rows
 
 
 class CuPyBackend(Backend):
@@ -45,6 +46,9 @@ class CuPyBackend(Backend):
         padded = cupy.concatenate([total, cupy.zeros((1, width), total.dtype)])
         cupyx.scatter_add(padded, cupy.where(segments < 0, count, segments), values)
         return padded[:count]
+
+    def search(self, z: Any, codebook: Any) -> Any:
+        return nearest_rows(self, z, codebook)
 
 
 backend = CuPyBackend()
