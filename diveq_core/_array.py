@@ -89,14 +89,20 @@ def check_option(owner: object, name: str, *, above: float | None = None, at_lea
 def row_scale(lib: Backend, x: Array) -> Array:
     """Exact power of two, (N, 1), that makes the squares of a row's entries representable.
 
-    Products of it round nothing, so scaling by it changes no digit of the result.
+    Products of it round nothing, so scaling by it changes no digit of the result. 1 for a row of zeros.
     """
     xp = lib.xp
     half_range = 80.0 if x.dtype == xp.float32 else 600.0
     limit = 2.0 ** (half_range / 2)
     largest = xp.max(xp.abs(lib.stop_gradient(x)), axis=-1, keepdims=True)
     one = xp.ones_like(largest)
-    return xp.where(largest < 1 / limit, one * 2.0**half_range, xp.where(largest > limit, one * 2.0**-half_range, one))
+    small, large = (largest > 0) & (largest < 1 / limit), largest > limit
+    return xp.where(small, one * 2.0**half_range, xp.where(large, one * 2.0**-half_range, one))
+
+
+def derivative_scale(lib: Backend, x: Array) -> Array | float:
+    """`row_scale` where derivatives are recorded, since theirs hold squares; 1 where only values are wanted."""
+    return row_scale(lib, x) if lib.records(x) else 1.0
 
 
 def one_where(lib: Backend, condition: Array, x: Array) -> Array:
@@ -147,11 +153,17 @@ def in_blocks(empty: Callable[..., Array], rows: int, function: Callable[..., Ar
     return result
 
 
-def safe_inverse(lib: Backend, rho: Array) -> Array:
-    """1 / rho, with 0 read as the smallest normal number so that nothing becomes infinite."""
+def safe_inverse(lib: Backend, length: Array, scale: Array | float = 1.0) -> Array:
+    """``scale / length``, the inverse of a length that a power of two has brought to order one.
+
+    A length of 0 is read as 1, so that no order of derivative is infinite there; one below the normal numbers as
+    the smallest of these, whose inverse is finite.
+    """
     xp = lib.xp
-    tiny = float(xp.finfo(rho.dtype).smallest_normal)
-    return 1 / xp.where(rho < tiny, xp.full_like(rho, tiny), rho)
+    floor = xp.ones_like(length) * scale * float(xp.finfo(length.dtype).smallest_normal)
+    inverse = 1 / one_where(lib, length == 0, xp.where(length < floor, floor, length))
+    # Apart, so that the derivative never multiplies the scale by the square of the inverse alone.
+    return inverse * scale
 
 
 def safe_log(lib: Backend, r: Array) -> Array:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import Array, check_option, describe
+from diveq_core._array import Array, check_option, derivative_scale, describe
 from diveq_core.radius import CustomRadius
 
 if TYPE_CHECKING:
@@ -224,18 +224,24 @@ class Radial(Estimator):
         if not stated:
             object.__setattr__(self, "radius", CustomRadius(self.radius))
 
-    def _live_error(self, lib: Backend, z: Array, q: Array) -> Array:
-        r"""``sg[d / r] r``: equal to d, differentiable through r alone."""
-        if not lib.records(z, q):
-            return q - z
-        log_r = self.radius.log(lib, q, z)
-        return lib.stop_gradient(q - z) * lib.xp.exp(log_r - lib.stop_gradient(log_r))
+    def _live_error(self, lib: Backend, z: Array, q: Array) -> tuple[Array, Array | float]:
+        r"""``k sg[d / r] r``, equal to k d but differentiable through r alone; and 1 / k.
+
+        The power of two k brings it to order one, and gradients of ln r are brought there by 1 / k.
+        """
+        d = q - z
+        if not lib.records(d):
+            return d, 1.0
+        log_r, k = self.radius.log(lib, q, z), derivative_scale(lib, d)
+        return lib.stop_gradient(d * k) * lib.xp.exp(log_r - lib.stop_gradient(log_r)), 1 / k
 
     def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
-        coefficient = lib.dot(g, self._live_error(lib, z, q))
+        live, back = self._live_error(lib, z, q)
+        coefficient = lib.dot(g, live)
         to_q, to_z = self.radius.log_gradients(lib, q, z)
-        return g + coefficient * to_z, coefficient * to_q
+        return g + coefficient * (to_z * back), coefficient * (to_q * back)
 
     def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
+        live, back = self._live_error(lib, z, q)
         to_q, to_z = self.radius.log_gradients(lib, q, z)
-        return dz + self._live_error(lib, z, q) * (lib.dot(to_q, dq) + lib.dot(to_z, dz))
+        return dz + live * (lib.dot(to_q * back, dq) + lib.dot(to_z * back, dz))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from diveq_core._array import (
     Array,
     check_option,
+    derivative_scale,
     describe,
     one_where,
     row_scale,
@@ -65,8 +66,10 @@ class Power:
         return self.alpha * safe_log(lib, rho)
 
     def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
-        rho, u = lib.polar(q - z)
-        to_q = self.alpha * u * safe_inverse(lib, rho)
+        d = q - z
+        k = derivative_scale(lib, d)
+        length, u = lib.polar(d * k)
+        to_q = self.alpha * u * safe_inverse(lib, length, k)
         return to_q, -to_q
 
 
@@ -93,9 +96,11 @@ class PseudoHuber:
         xp = lib.xp
         d = q - z
         s = xp.max(xp.abs(lib.stop_gradient(d)), axis=-1, keepdims=True)
-        s = xp.where(s < self.delta, xp.full_like(s, self.delta), s)
+        limits = xp.finfo(d.dtype)
+        delta = min(max(self.delta, float(limits.smallest_normal)), float(limits.max))
+        s = xp.where(s < delta, xp.full_like(s, delta), s)
         d_s = d / s
-        return d_s, lib.dot(d_s, d_s) + (self.delta / s) ** 2, s
+        return d_s, lib.dot(d_s, d_s) + (delta / s) ** 2, s
 
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
         _, squared, s = self._scaled(lib, q, z)
@@ -130,25 +135,24 @@ class PNorm:
         check_option(self, "p", at_least=1.0)
 
     def _scaled(self, lib: Backend, q: Array, z: Array) -> tuple[Array, Array, Array]:
-        """``v = d / s``, ``|v|^(p-2)`` and ``s``, the largest entry of each row."""
+        """``v = d / s``, ``sign(v) |v|^(p-1)`` and ``s``, the largest entry of each row."""
         xp = lib.xp
         d = q - z
         s = xp.max(xp.abs(lib.stop_gradient(d)), axis=-1, keepdims=True)
         v = d / one_where(lib, s == 0, s)
-        size = xp.abs(v)
-        zero = size == 0
-        at_zero = xp.full_like(size, 1.0 if self.p == 2 else 0.0)
-        power = xp.where(zero, at_zero, one_where(lib, zero, size) ** (self.p - 2))
-        return v, power, s
+        if self.p == 2:
+            return v, v, s
+        # No negative power, which would overflow for an entry that is small beside the largest.
+        return v, xp.sign(v) * one_where(lib, v == 0, xp.abs(v)) ** (self.p - 1), s
 
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
         v, power, s = self._scaled(lib, q, z)
-        return safe_log(lib, lib.dot(v * power, v)) / self.p + safe_log(lib, s)
+        return safe_log(lib, lib.dot(power, v)) / self.p + safe_log(lib, s)
 
     def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
         v, power, s = self._scaled(lib, q, z)
-        total = lib.dot(v * power, v)
-        to_q = zero_rows(lib, s == 0, v * power / one_where(lib, s == 0, total) * safe_inverse(lib, s))
+        total = lib.dot(power, v)
+        to_q = zero_rows(lib, s == 0, power / one_where(lib, s == 0, total) * safe_inverse(lib, s))
         return to_q, -to_q
 
 
@@ -236,13 +240,14 @@ class Cosine:
         return safe_log(lib, 0.5 * length * length)
 
     def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
-        q_length, q_hat = lib.polar(q)
-        z_length, z_hat = lib.polar(z)
+        q_scale, z_scale = derivative_scale(lib, q), derivative_scale(lib, z)
+        q_length, q_hat = lib.polar(q * q_scale)
+        z_length, z_hat = lib.polar(z * z_scale)
         length, direction = lib.polar(q_hat - z_hat)
         h_r = 2 * direction * safe_inverse(lib, length)
         undefined = (length == 0) | (q_length == 0) | (z_length == 0)
-        to_q = (h_r - q_hat) * safe_inverse(lib, q_length)
-        to_z = -(h_r + z_hat) * safe_inverse(lib, z_length)
+        to_q = (h_r - q_hat) * safe_inverse(lib, q_length, q_scale)
+        to_z = -(h_r + z_hat) * safe_inverse(lib, z_length, z_scale)
         return zero_rows(lib, undefined, to_q), zero_rows(lib, undefined, to_z)
 
 

@@ -8,16 +8,16 @@ library's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from array_api_compat import array_namespace
 
 import diveq_core as dq
 
-MATRIX = np.array([[2.0, 0.5], [0.25, 1.0]])
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def matrix(width: int) -> np.ndarray:
@@ -286,6 +286,10 @@ def _sizes(case: Case, p: Any, z: np.ndarray, q: np.ndarray) -> dict[str, np.nda
         # Two terms that cancel where q and z are antiparallel.
         lengths = np.minimum(norm(np, q_safe), norm(np, z_safe))
         terms = (np.abs(unit(np, q_safe)) + np.abs(unit(np, z_safe))) / (lengths * r)
+        slope = np.where(lost, 0, np.maximum(slope, terms))
+    elif case.length is mahalanobis:
+        # Entries of M d, whose terms may cancel.
+        terms = np.abs(q_safe - z_safe) @ np.abs(matrix(z.shape[-1])) / r**2
         slope = np.where(lost, 0, np.maximum(slope, terms))
     step = np.where(lost, 0, np.abs(r * case.direction(np, q_safe, z_safe, p.noise.astype(np.float64), r)))
     # Digits that the definition itself loses: by 1 - cos near parallel, by d + sigma eps near its zero.

@@ -155,9 +155,7 @@ def assert_within(actual: Any, expected: np.ndarray, sizes: np.ndarray, dtype: s
     # What lies below the normal numbers may be flushed to zero.
     tolerance = tolerance + (2.0**-1022 if computed == "float64" else 2.0**-126)
     error = np.abs(library.back(actual).astype(np.float64) - expected)
-    assert np.all(error <= tolerance), (
-        f"off by {np.max(error)}, {np.nanmax(error / (tolerance + 1e-300)):.3g} times allowed"
-    )
+    assert np.all(error <= tolerance), f"off by {np.max(error)}, at most {np.max(tolerance)} allowed"
 
 
 def example_count(share: float = 1.0) -> int:
