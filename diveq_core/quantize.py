@@ -18,6 +18,7 @@ from diveq_core.compose import Composite
 from diveq_core.estimators import Estimator
 from diveq_core.registry import backend_of
 from diveq_core.rule import Rule
+from diveq_core.space_filling import CurveRule, SpaceFilling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -345,22 +346,33 @@ class _Call:
         _check_estimator(function, estimator)
         lib = backend_of(function, z=z, codebook=codebook)
         _check_inputs(lib, function, z, codebook, finite)
+        self.shape = tuple(z.shape)
+        self.rule = Rule(lib, estimator)
+        self.z = self.flat(z)
+        if isinstance(estimator, SpaceFilling):
+            self.rule = CurveRule(lib, estimator)
+            drawn = estimator.prepare(function, lib, z, codebook, noise, rng)
+            self.indices = self.chosen(function, indices, estimator.points(lib, codebook, drawn.dither))
+            self.noise = CurveRule.packed(lib, drawn, self.indices, self.z)
+            return
         if noise is not None:
             _check_like(lib, function, "noise", noise, z, "z")
-        if indices is not None:
-            backend_of(function, z=z, indices=indices)
-            indices = _checked_indices(lib, function, indices, codebook)
-            check_shape(function, "indices", indices, tuple(z.shape[:-1]), "z without its last axis")
         if not estimator.noisy:
             noise = None
         elif noise is None:
             noise = lib.standard_normal(function, z, rng)
-        self.shape = tuple(z.shape)
-        self.rule = Rule(lib, estimator)
-        self.z = self.flat(z)
         self.noise = None if noise is None else self.flat(noise)
-        chosen = _search(lib, z, codebook) if indices is None else indices
-        self.indices = lib.xp.reshape(chosen, (self.z.shape[0],))
+        self.indices = self.chosen(function, indices, codebook)
+
+    def chosen(self, function: str, indices: Array | None, points: Array) -> Array:
+        """The given indices, checked, or those of the nearest points, (N,)."""
+        lib = self.rule.lib
+        if indices is None:
+            return lib.search(self.z, points)
+        backend_of(function, z=self.z, indices=indices)
+        indices = _checked_indices(lib, function, indices, points)
+        check_shape(function, "indices", indices, self.shape[:-1], "z without its last axis")
+        return lib.xp.reshape(indices, (self.z.shape[0],))
 
     def flat(self, x: Array) -> Array:
         """(..., D) to (N, D)."""

@@ -1,0 +1,168 @@
+r"""The nearest point of a curve whose corners are codewords: inference of space-filling quantization.
+
+.. math:: (i, t) = \arg\min_{k, s \in [0, 1]} \|z - (1 - s) E_k - s E_{k+1}\|, \qquad z_q = (1 - t) E_i + t E_{i+1}
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from diveq_core._array import Array, check_finite, check_floating, check_pair, check_shape, one_where, row_scale
+from diveq_core.registry import backend_of
+from diveq_core.search import frame, rows_per_chunk
+from diveq_core.space_filling import on_segment
+
+if TYPE_CHECKING:
+    from diveq_core.backend import Backend
+
+
+class Projected(NamedTuple):
+    """The nearest points of a curve."""
+
+    z_q: Array
+    """The points, (..., D)."""
+
+    segments: Array
+    """Index of the segment that holds each, (...), in [0, K - 1)."""
+
+    positions: Array
+    """Where on the segment, (...), in [0, 1]."""
+
+
+def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Projected:
+    """Nearest point of the whole curve through the codewords; no derivative flows through it.
+
+    Parameters
+    ----------
+    z : array (..., D)
+    codebook : array (K, D)
+        Corners of the curve, K >= 2. Neighbours may be equal.
+    check_finite : bool, optional
+        As in `nearest`.
+
+    Returns
+    -------
+    Projected
+        ``z_q`` and ``positions`` in the result dtype of both; `decode_curve` gives ``z_q`` exactly. A vector that is
+        not finite, where nothing was refused, gets segment -1 and NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `nearest`, and if K < 2.
+
+    Notes
+    -----
+    Computed in chunks of rows: no N x K array exists.
+
+    References
+    ----------
+    Vali & Bäckström, arXiv:2410.20573 (space-filling VQ).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> out = dq.project(np.array([[1.0, 3.0]]), np.array([[0.0, 0.0], [4.0, 0.0], [4.0, 4.0]]))
+    >>> out.segments, out.positions
+    (array([0]), array([0.25]))
+    """
+    lib = backend_of("project", z=z, codebook=codebook)
+    _check_curve(lib, "project", z, codebook, check_finite)
+    xp = lib.xp
+    out_dtype = lib.result_dtype(z, codebook)
+    dtype = lib.compute_dtype(out_dtype)
+    flat = xp.reshape(lib.stop_gradient(z), (math.prod(z.shape[:-1]), z.shape[-1]))
+    corners = lib.astype(lib.stop_gradient(codebook), dtype)
+    centre, inverse_scale = frame(lib, corners)
+    e = (corners - centre) * inverse_scale
+    start, step = e[:-1, :], e[1:, :] - e[:-1, :]
+    # Row k of both: what is subtracted from a product with y, so that both begin at the segment's start.
+    along_start = xp.sum(start * step, axis=1)
+    half = xp.sum(start * start, axis=1) * 0.5
+    squared = xp.sum(step * step, axis=1)
+    rows = max(rows_per_chunk(lib, *codebook.shape) // 4, 1)
+    segments = [lib.as_indices(xp.arange(0, **lib.place(corners)))]
+    positions = [xp.zeros((0,), dtype=dtype, **lib.place(corners))]
+    for first in range(0, flat.shape[0], rows):
+        chunk = lib.astype(flat[first : min(first + rows, flat.shape[0]), :], dtype)
+        y = (chunk - centre) * inverse_scale
+        along = lib.matmul(y, xp.permute_dims(step, (1, 0))) - along_start
+        at = _clipped(lib, along / one_where(lib, squared == 0, squared))
+        scores = half - lib.matmul(y, xp.permute_dims(start, (1, 0))) - at * along + at * at * squared * 0.5
+        segment = lib.as_indices(xp.argmin(scores, axis=1))
+        segments.append(xp.where(xp.isfinite(xp.min(scores, axis=1)), segment, xp.full_like(segment, -1)))
+        # The position again from differences, which keep the digits that the expansion lost.
+        positions.append(_position(lib, chunk, corners, segments[-1]))
+    segment, position = xp.concat(segments), lib.astype(xp.concat(positions), out_dtype)
+    shape = tuple(z.shape[:-1])
+    segment, position = xp.reshape(segment, shape), xp.reshape(position, shape)
+    return Projected(decode_curve(segment, position, lib.astype(codebook, out_dtype)), segment, position)
+
+
+def decode_curve(segments: Array, positions: Array, codebook: Array, /) -> Array:
+    """Points of a curve: exactly what `project` gave.
+
+    Parameters
+    ----------
+    segments : integer array (...)
+    positions : array (...)
+        In [0, 1].
+    codebook : array (K, D)
+
+    Returns
+    -------
+    array (..., D)
+        In the result dtype of ``positions`` and ``codebook``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If libraries, dtypes or shapes do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.decode_curve(np.array([1]), np.array([0.5]), np.array([[0.0, 0.0], [4.0, 0.0], [4.0, 4.0]]))
+    array([[4., 2.]])
+    """
+    lib = backend_of("decode_curve", segments=segments, positions=positions, codebook=codebook)
+    xp = lib.xp
+    check_floating(lib, "decode_curve", positions=positions, codebook=codebook)
+    if codebook.ndim != 2 or codebook.shape[0] < 2:
+        raise ValueError(f"decode_curve: codebook must have shape (K, D) with K >= 2, got {tuple(codebook.shape)}")
+    if not lib.is_integer(segments):
+        raise TypeError(f"decode_curve: segments must have an integer dtype, got {segments.dtype}")
+    check_shape("decode_curve", "positions", positions, tuple(segments.shape), "segments")
+    flat = lib.as_indices(xp.reshape(segments, (math.prod(segments.shape),)))
+    out_dtype = lib.result_dtype(positions, codebook)
+    words = lib.astype(codebook, out_dtype)
+    t = lib.astype(xp.reshape(positions, (flat.shape[0], 1)), out_dtype)
+    ends = lib.take_rows(words, flat), lib.take_rows(words, xp.where(flat < 0, flat, flat + 1))
+    return xp.reshape(on_segment(*ends, t), (*segments.shape, codebook.shape[1]))
+
+
+def _position(lib: Backend, z: Array, corners: Array, segments: Array) -> Array:
+    xp = lib.xp
+    c_1 = lib.take_rows(corners, segments)
+    step = lib.take_rows(corners, xp.where(segments < 0, segments, segments + 1)) - c_1
+    k = row_scale(lib, step)
+    step, d = step * k, (z - c_1) * k
+    squared = lib.dot(step, step)
+    return _clipped(lib, lib.dot(d, step) / one_where(lib, squared == 0, squared))[:, 0]
+
+
+def _clipped(lib: Backend, t: Array) -> Array:
+    """``t`` in [0, 1]; NaN stays."""
+    xp = lib.xp
+    return xp.where(t < 0, xp.zeros_like(t), xp.where(t > 1, xp.ones_like(t), t))
+
+
+def _check_curve(lib: Backend, function: str, z: Array, codebook: Array, finite: bool | None) -> None:
+    check_pair(lib, function, z, codebook)
+    if codebook.shape[0] < 2:
+        raise ValueError(f"{function}: codebook must have shape (K, D) with K >= 2, got {tuple(codebook.shape)}")
+    if lib.checks_finite if finite is None else finite:
+        check_finite(lib, function, z=z, codebook=codebook)

@@ -1,0 +1,249 @@
+r"""Space-filling DiVeQ: codewords are the corners of a curve, and vectors go to its segments.
+
+Training draws one dither :math:`t_k \in [0, 1)` for each of the K - 1 segments :math:`(E_k, E_{k+1})`; the nearest
+dithered point :math:`(1 - t_k) E_k + t_k E_{k+1}` picks the segment. With the ends :math:`c_1, c_2` of the chosen
+segment and its t,
+
+.. math:: d_j = c_j - z, \qquad \rho_j = \|d_j\|, \qquad u_j = d_j / \rho_j \quad (0 \text{ where } \rho_j = 0).
+
+Inference projects onto the nearest point of the whole curve: see `diveq_core.curve`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diveq_core._array import Array, check_floating, check_option, check_shape, describe
+from diveq_core.estimators import Estimator
+from diveq_core.registry import backend_of
+from diveq_core.rule import Rule
+
+if TYPE_CHECKING:
+    from diveq_core.backend import Backend
+
+
+class CurveNoise(NamedTuple):
+    """What one training step of a space-filling quantizer draws."""
+
+    dither: Array
+    """Position of the point of each segment, (K - 1,), uniform in [0, 1)."""
+
+    ends: Array | None = None
+    """Standard normal noise for each end of the segment, (2, ..., D), in the shape of z otherwise; `SFDiVeQ` only."""
+
+
+class SpaceFilling(Estimator):
+    """What `SFDiVeQ` and `SFDiVeQDetach` share: the derivatives, for given directions w."""
+
+    sigma: float = 0.0
+
+    def prepare(self, function: str, lib: Backend, z: Array, codebook: Array, noise: Any, rng: Any) -> CurveNoise:
+        """Check the noise, or draw it."""
+        if codebook.shape[0] < 2:
+            raise ValueError(
+                f"{function}: the codebook of a curve must have shape (K, D) with K >= 2, got {tuple(codebook.shape)}"
+            )
+        if noise is None:
+            streams = lib.streams(rng, 2)
+            pair = lib.xp.zeros((2, codebook.shape[0] - 1), dtype=codebook.dtype, **lib.place(codebook))
+            normal = lib.standard_normal(function, pair, streams[0])
+            # The angle of a normal pair is uniform.
+            dither = lib.xp.atan2(normal[0, :], normal[1, :]) / (2 * math.pi) + 0.5
+            ends = None
+            if self.noisy:
+                ends = lib.standard_normal(function, lib.xp.stack([z, z], axis=0), streams[1])
+            return CurveNoise(dither, ends)
+        if not isinstance(noise, CurveNoise):
+            raise TypeError(
+                f"{function}: noise of a space-filling estimator must be a CurveNoise, got {describe(noise)}"
+            )
+        backend_of(function, z=z, dither=noise.dither)
+        check_floating(lib, function, dither=noise.dither)
+        check_shape(function, "dither", noise.dither, (codebook.shape[0] - 1,), "the segments, (K - 1,)")
+        if not self.noisy:
+            return CurveNoise(noise.dither)
+        if noise.ends is None:
+            raise TypeError(f"{function}: noise.ends must be an array of shape (2, ..., D), got None")
+        backend_of(function, z=z, ends=noise.ends)
+        check_floating(lib, function, ends=noise.ends)
+        check_shape(function, "noise.ends", noise.ends, (2, *z.shape), "two of z")
+        return noise
+
+    def points(self, lib: Backend, codebook: Array, dither: Array) -> Array:
+        """The dithered point of each segment, (K - 1, D)."""
+        codebook = lib.stop_gradient(codebook)
+        t = lib.astype(lib.xp.expand_dims(dither, axis=1), codebook.dtype)
+        return on_segment(codebook[:-1, :], codebook[1:, :], t)
+
+    def directions(self, lib: Backend, z: Array, ends: tuple[Array, Array], noise: Array | None) -> tuple[Array, Array]:
+        """The fixed directions w_1, w_2, (N, D) each."""
+        d = [c - z for c in ends]
+        if noise is not None:
+            width = z.shape[1]
+            d = [d[0] + self.sigma * noise[:, :width], d[1] + self.sigma * noise[:, width:]]
+        w_1, w_2 = (lib.stop_gradient(lib.polar(x)[1]) for x in d)
+        return w_1, w_2
+
+    def on_curve(self, lib: Backend, z: Array, ends: tuple[Array, Array], t: Array, noise: Array | None) -> Array:
+        """The output z_q, (N, D)."""
+        if noise is None:
+            return on_segment(*ends, t)
+        w_1, w_2 = self.directions(lib, z, ends, noise)
+        rho_1, rho_2 = (lib.polar(c - z)[0] for c in ends)
+        return z + (1 - t) * rho_1 * w_1 + t * rho_2 * w_2
+
+    def curve_vjp(
+        self, lib: Backend, z: Array, ends: tuple[Array, Array], t: Array, noise: Array | None, g: Array
+    ) -> tuple[Array, Array, Array]:
+        """Pullback of ``g``: (g_z, g_c1, g_c2), (N, D) each."""
+        w_1, w_2 = self.directions(lib, z, ends, noise)
+        u_1, u_2 = (lib.polar(c - z)[1] for c in ends)
+        g_1 = (1 - t) * lib.dot(g, w_1) * u_1
+        g_2 = t * lib.dot(g, w_2) * u_2
+        return g - g_1 - g_2, g_1, g_2
+
+    def curve_jvp(
+        self, lib: Backend, z: Array, ends: tuple[Array, Array], t: Array, noise: Array | None, dz: Array, dends: Any
+    ) -> Array:
+        """Pushforward of ``dz`` and the tangents of both ends: the tangent of z_q, (N, D)."""
+        w_1, w_2 = self.directions(lib, z, ends, noise)
+        u_1, u_2 = (lib.polar(c - z)[1] for c in ends)
+        moved_1 = (1 - t) * lib.dot(u_1, dends[0] - dz) * w_1
+        return dz + moved_1 + t * lib.dot(u_2, dends[1] - dz) * w_2
+
+
+@dataclass(frozen=True)
+class SFDiVeQDetach(SpaceFilling):
+    r"""Space-filling DiVeQ without noise.
+
+    .. math:: z_q = z + (1-t)\rho_1\operatorname{sg}[u_1] + t\rho_2\operatorname{sg}[u_2] = (1-t)c_1 + t c_2
+
+    .. math:: g_z = g - g_1 - g_2, \qquad g_1 = (1-t)\langle g,u_1\rangle u_1, \qquad g_2 = t\langle g,u_2\rangle u_2
+
+    Notes
+    -----
+    The indices of `quantize` are those of segments, in [0, K - 1). ``noise`` is a `CurveNoise`, or is drawn. Where a
+    vector sits on an end of its segment, that end's gradient is zero. Neighbouring codewords may be equal.
+
+    References
+    ----------
+    Vali, Bäckström, Solin, arXiv:2509.26469 (SF-DiVeQ); Vali & Bäckström, arXiv:2410.20573 (space-filling VQ).
+    """
+
+
+@dataclass(frozen=True)
+class SFDiVeQ(SpaceFilling):
+    r"""Space-filling DiVeQ.
+
+    .. math:: z_q = z + (1-t)\rho_1 w_1 + t\rho_2 w_2, \qquad
+              w_j = \operatorname{sg}\Big[\frac{d_j + \sigma\varepsilon_j}{\|d_j + \sigma\varepsilon_j\|}\Big]
+
+    .. math:: g_z = g - g_1 - g_2, \qquad g_1 = (1-t)\langle g,w_1\rangle u_1, \qquad g_2 = t\langle g,w_2\rangle u_2
+
+    Parameters
+    ----------
+    sigma : float
+        Standard deviation of the noise, independent for each end, in the units of ``z``; finite and >= 0. The paper
+        recommends a variance of 1e-3. With 0 it is `SFDiVeQDetach`.
+
+    Notes
+    -----
+    As `SFDiVeQDetach`.
+
+    References
+    ----------
+    Vali, Bäckström, Solin, arXiv:2509.26469 (SF-DiVeQ).
+    """
+
+    sigma: float = 10**-1.5
+
+    def __post_init__(self) -> None:
+        check_option(self, "sigma", at_least=0.0)
+
+    @property
+    def noisy(self) -> bool:
+        return self.sigma > 0
+
+    @property
+    def hard(self) -> bool:
+        return self.sigma == 0
+
+
+@dataclass(frozen=True)
+class CurveRule(Rule):
+    """A rule over segments. Its ``noise`` (N, 1) or (N, 1 + 2 D) holds t and the noise of both ends."""
+
+    estimator: SpaceFilling
+
+    @staticmethod
+    def packed(lib: Backend, noise: CurveNoise, indices: Array, z: Array) -> Array:
+        """What `forward` takes as noise, for vectors (N, D) on segments (N,)."""
+        t = lib.take_rows(lib.xp.expand_dims(noise.dither, axis=1), indices)
+        t = lib.astype(t, lib.compute_dtype(z.dtype))
+        if noise.ends is None:
+            return t
+        return lib.xp.concat(
+            [t, *(lib.astype(lib.xp.reshape(noise.ends[j, ...], z.shape), t.dtype) for j in (0, 1))], axis=1
+        )
+
+    def forward(self, z: Array, codebook: Array, indices: Array, noise: Array | None) -> Array:
+        lib = self.lib
+        out_dtype = lib.result_dtype(z, codebook)
+        compute = self._compute_dtype(z, codebook)
+
+        def rows(z: Array, indices: Array, noise: Array) -> Array:
+            ends, t, eps = self._ends(codebook, indices, noise, compute)
+            return lib.astype(self.estimator.on_curve(lib, compute(z), ends, t, eps), out_dtype)
+
+        return lib.by_rows(rows, z, indices, noise)
+
+    def pullback(self, z: Array, codebook: Array, indices: Array, noise: Array | None, g: Array) -> tuple[Array, Array]:
+        lib = self.lib
+        compute = self._compute_dtype(z, codebook)
+        g_codebook = lib.xp.zeros_like(compute(codebook))
+
+        def rows(z_rows: Array, indices: Array, noise: Array, g: Array) -> Array:
+            nonlocal g_codebook
+            ends, t, eps = self._ends(codebook, indices, noise, compute)
+            g_z, g_1, g_2 = self.estimator.curve_vjp(lib, compute(z_rows), ends, t, eps, compute(g))
+            g_codebook = lib.segment_add(g_codebook, g_1, indices)
+            g_codebook = lib.segment_add(g_codebook, g_2, _following(lib, indices))
+            return lib.astype(g_z, z.dtype)
+
+        g_z = lib.by_rows(rows, z, indices, noise, g)
+        return g_z, lib.astype(g_codebook, codebook.dtype)
+
+    def pushforward(
+        self, z: Array, codebook: Array, indices: Array, noise: Array | None, dz: Array, dcodebook: Array
+    ) -> Array:
+        lib = self.lib
+        out_dtype = lib.result_dtype(z, codebook)
+        compute = self._compute_dtype(z, codebook)
+
+        def rows(z: Array, indices: Array, noise: Array, dz: Array) -> Array:
+            ends, t, eps = self._ends(codebook, indices, noise, compute)
+            dends = [compute(lib.take_rows(dcodebook, i)) for i in (indices, _following(lib, indices))]
+            return lib.astype(self.estimator.curve_jvp(lib, compute(z), ends, t, eps, compute(dz), dends), out_dtype)
+
+        return lib.by_rows(rows, z, indices, noise, dz)
+
+    def _ends(
+        self, codebook: Array, indices: Array, noise: Array, compute: Any
+    ) -> tuple[tuple[Array, Array], Array, Array | None]:
+        lib = self.lib
+        c_1 = compute(lib.take_rows(codebook, indices))
+        c_2 = compute(lib.take_rows(codebook, _following(lib, indices)))
+        noise = compute(noise)
+        return (c_1, c_2), noise[:, :1], noise[:, 1:] if noise.shape[1] > 1 else None
+
+
+def on_segment(c_1: Array, c_2: Array, t: Array) -> Array:
+    """The point (1 - t) c_1 + t c_2: training, inference and decoding all compute it here, so they agree."""
+    return (1 - t) * c_1 + t * c_2
+
+
+def _following(lib: Backend, indices: Array) -> Array:
+    """Index of the segment's other end; the mark -1 stays."""
+    return lib.xp.where(indices < 0, indices, indices + 1)
