@@ -171,6 +171,40 @@ def test_triton_interpreted(by_triton: Any, name: str):
     check(name, by_triton[name])
 
 
+COMPILED = """
+    import re
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from diveq_torch import fused
+
+    def instructions(vectors, codewords, **constants):
+        types = dict.fromkeys(fused._kernel.arg_names, "*fp32") | dict(z="*" + vectors, e="*" + codewords)
+        types |= dict(canonical="*i64", found="*i64", centred="*i32", n="i32")
+        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, WIDEN=False)
+        values = {(fused._kernel.arg_names.index(k),): v for k, v in (tile | constants).items()}
+        types |= dict.fromkeys(tile | constants, "constexpr")
+        source = ASTSource(fn=fused._kernel, signature=types, constexprs=values)
+        assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+        print(*sorted(set(re.findall(r"tf32|wgmma.mma_async|mma.sync|fma.rn.f32", assembly))), sep=",")
+
+    for width in (20, 100):
+        whole = width <= 32
+        instructions("fp32", "fp32", WIDTH=width, WHOLE=whole, HALF=False)
+        instructions("bf16", "fp32", WIDTH=width, WHOLE=whole, HALF=False)
+        instructions("bf16", "bf16", WIDTH=width, WHOLE=whole, HALF=True)
+        instructions("fp16", "fp16", WIDTH=width, WHOLE=whole, HALF=True)
+"""
+
+
+def test_triton_compiles_for_hopper_without_tf32(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    full, narrow = "fma.rn.f32", "fma.rn.f32,wgmma.mma_async"
+    assert run_python(COMPILED).split() == [full, full, narrow, narrow] * 2
+
+
 # Pallas
 
 
