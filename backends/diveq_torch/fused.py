@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HALF = (torch.float16, torch.bfloat16)
 
-# Triton's interpreter would multiply bfloat16 as the integers that hold it.
+# Triton's interpreter would multiply bfloat16 as the integers that hold it, and finds no minimum of NaN alone.
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -46,8 +46,8 @@ def _codewords(e, columns, d, COUNT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _add_product(products, y, words, WIDEN: tl.constexpr):
-    if WIDEN:
+def _add_product(products, y, words, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
         y = y.to(tl.float32)
         words = words.to(tl.float32)
     return tl.dot(y, words, products, input_precision="ieee")
@@ -72,7 +72,7 @@ def _kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    WIDEN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     # Both kernels are launched and one of them returns here, so that the host need not wait for the centre.
     if EITHER:  # noqa: SIM102, since Triton knows one of the conditions when it compiles
@@ -98,14 +98,16 @@ def _kernel(
         columns = first + tl.arange(0, COLUMNS)
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
         if WHOLE:
-            products = _add_product(products, kept, _codewords(e, columns, d, COUNT, WIDTH), WIDEN)
+            products = _add_product(products, kept, _codewords(e, columns, d, COUNT, WIDTH), INTERPRETED)
         else:
             for start in range(0, WIDTH, DEPTH):
                 y = _vectors(z, centre, scale, rows, start + d, n, WIDTH, HALF)
                 words = _codewords(e, columns, start + d, COUNT, WIDTH)
-                products = _add_product(products, y, words, WIDEN)
+                products = _add_product(products, y, words, INTERPRETED)
         squares = tl.load(half_squares + columns, mask=columns < COUNT, other=float("inf"))
         scores = squares[None, :] - products * outer
+        if INTERPRETED:
+            scores = tl.where(scores == scores, scores, float("inf"))
         nearest, position = tl.min(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
         closer = nearest < best
         best = tl.where(closer, nearest, best)
@@ -172,7 +174,7 @@ def _launch(z, e, half_squares, centre, scales, canonical, found, centred, *, ha
             ROWS=rows,
             COLUMNS=columns,
             DEPTH=depth,
-            WIDEN=_INTERPRETED,
+            INTERPRETED=_INTERPRETED,
             num_warps=8 if half else 4,
             num_stages=3,
         )

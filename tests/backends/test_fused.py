@@ -161,6 +161,8 @@ def by_triton(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("triton") / "found.npz"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        # Triton 3.9 warns where it is unset.
+        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
         patch.setenv("PYTHONPATH", __file__.rpartition("/")[0], prepend=":")
         run_python(INTERPRETED, str(path))
     return np.load(path)
@@ -181,7 +183,7 @@ COMPILED = """
     def instructions(vectors, codewords, **constants):
         types = dict.fromkeys(fused._kernel.arg_names, "*fp32") | dict(z="*" + vectors, e="*" + codewords)
         types |= dict(canonical="*i64", found="*i64", centred="*i32", n="i32")
-        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, WIDEN=False)
+        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, INTERPRETED=False)
         values = {(fused._kernel.arg_names.index(k),): v for k, v in (tile | constants).items()}
         types |= dict.fromkeys(tile | constants, "constexpr")
         source = ASTSource(fn=fused._kernel, signature=types, constexprs=values)
@@ -201,6 +203,7 @@ def test_triton_compiles_for_hopper_without_tf32(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("torch")
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     full, narrow = "fma.rn.f32", "fma.rn.f32,wgmma.mma_async"
     assert run_python(COMPILED).split() == [full, full, narrow, narrow] * 2
 
