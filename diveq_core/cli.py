@@ -75,6 +75,7 @@ def bench_command(
     backend: Annotated[list[str] | None, typer.Option(help="numpy, torch, jax or cupy; all by default.")] = None,
     device: Annotated[list[str] | None, typer.Option(help="cpu or cuda.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Rounds; 9 by default, 3 if quick.")] = None,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory, each in its own process.")] = True,
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("bench.png"),
     json: Annotated[Path | None, typer.Option(help="Also write all figures as data.")] = None,
 ) -> None:
@@ -92,6 +93,7 @@ def bench_command(
             backend=tuple(backend or ()),
             device=tuple(device or ()),
             repeats=repeats,
+            memory=memory,
         )
         bench(settings, out, json)
     except BenchError as error:

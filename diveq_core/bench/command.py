@@ -39,13 +39,13 @@ class Bench:
         quick = self.settings.quick
         bars = speed_bars(quick=quick)
         problems = dict.fromkeys((bar.job, bar.problem) for bar in bars if bar.problem.device == "cpu" or has_gpu())
-        comparisons = [
-            self._compare(job, problem, memory=not quick and _first(bars, job, problem)) for job, problem in problems
-        ]
+        memory = self.settings.memory and not quick
+        comparisons = [self._compare(*key, memory=memory and _first(bars, *key)) for key in problems]
         rows = [speed_row(bar, comparisons, judged=not quick) for bar in bars]
         self._say("peak memory")
+        used = memory_rows(quick=quick) if self.settings.memory else []
         on_cpu = [row for row, bar in zip(rows, bars, strict=True) if bar.problem.device == "cpu"]
-        return [*on_cpu, *memory_rows(quick=quick), *saved_rows(quick=quick), *rows[len(on_cpu) :]], comparisons
+        return [*on_cpu, *used, *saved_rows(quick=quick), *rows[len(on_cpu) :]], comparisons
 
     def growth(self) -> list[Comparison]:
         """The comparisons of the picture."""
@@ -60,7 +60,11 @@ class Bench:
             Problem(n, k, d, dtype, device)
             for device, dtype, d, n, k in itertools.product(s.device, s.dtype, s.d, s.n, s.k)
         ]
-        return [self._compare(job, problem, memory=True) for job in ("search", "step") for problem in problems]
+        return [
+            self._compare(job, problem, memory=self.settings.memory)
+            for job in ("search", "step")
+            for problem in problems
+        ]
 
     def _compare(self, job: str, problem: Problem, *, repeats: int | None = None, memory: bool = False) -> Comparison:
         self._say(f"{job} {problem.size}, {problem.where}")

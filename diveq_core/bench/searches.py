@@ -25,9 +25,10 @@ def ours(library: str) -> Callable[[Problem], Variants]:
             nearest = load("jax").jit(lambda z, codebook: dq.nearest(z, codebook))
             return {"jit": lambda: nearest(z, codebook).block_until_ready()}
 
-        def run() -> None:
-            dq.nearest(z, codebook)
+        def run() -> object:
+            found = dq.nearest(z, codebook)
             synchronize(problem, library)
+            return found
 
         return {"": run}
 
@@ -88,9 +89,10 @@ def cdist(problem: Problem) -> Variants:
     z, codebook, _ = arrays(problem, "torch")
     torch = load("torch")
 
-    def run() -> None:
-        torch.cdist(z, codebook).argmin(dim=1)
+    def run() -> object:
+        found = torch.cdist(z, codebook).argmin(dim=1)
         synchronize(problem)
+        return found
 
     return {"": run}
 
@@ -105,7 +107,7 @@ def faiss_flat(problem: Problem) -> Variants:
     def run() -> object:
         index = faiss.IndexFlatL2(problem.d)
         index.add(codebook)
-        return index.search(z, 1)
+        return index.search(z, 1)[1][:, 0]
 
     return {"": run}
 

@@ -34,6 +34,8 @@ class Settings:
         Of the grid; empty for the default, which is float32, the backends that compute on the device, and the CPU.
     repeats : int
         Rounds in each comparison.
+    memory : bool
+        Whether to measure peak memory, each contender in its own process.
     """
 
     quick: bool = False
@@ -45,6 +47,7 @@ class Settings:
     backend: tuple[str, ...] = ()
     device: tuple[str, ...] = ()
     repeats: int | None = None
+    memory: bool = True
 
     def __post_init__(self) -> None:
         default = (
