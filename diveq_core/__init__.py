@@ -1,10 +1,22 @@
 """Differentiable vector quantization for every array library."""
 
 from diveq_core.backend import Backend
+from diveq_core.codebook import EMAState, Replaced, ema_init, ema_update, replace_unused
 from diveq_core.compose import Composite, Product, Residual
+from diveq_core.cosine import nearest_cosine, normalize, normalize_vjp
 from diveq_core.curve import Projected, decode_curve, project
 from diveq_core.diagnostics import coefficient, equivalent_loss, perplexity, positive_share, usage, used_share
 from diveq_core.estimators import NSVQ, STE, DiVeQ, DiVeQDetach, Estimator, Radial
+from diveq_core.fsq import fsq, fsq_decode, fsq_jvp, fsq_vjp
+from diveq_core.gumbel import GumbelST, gumbel_jvp, gumbel_quantize, gumbel_vjp
+from diveq_core.kmeans import KMeans, kmeans, kmeans_plus_plus
+from diveq_core.linear import (
+    LinearCodebook,
+    linear_codebook,
+    linear_codebook_init,
+    linear_codebook_jvp,
+    linear_codebook_vjp,
+)
 from diveq_core.losses import codebook_loss, codebook_loss_vjp, commitment_loss, commitment_loss_vjp
 from diveq_core.quantize import Quantized, decode, jvp, lookup, nearest, quantize, vjp
 from diveq_core.radius import Cosine, CustomRadius, Mahalanobis, PNorm, Power, PseudoHuber, Radius
@@ -24,7 +36,11 @@ __all__ = [
     "CustomRadius",
     "DiVeQ",
     "DiVeQDetach",
+    "EMAState",
     "Estimator",
+    "GumbelST",
+    "KMeans",
+    "LinearCodebook",
     "Mahalanobis",
     "PNorm",
     "Power",
@@ -34,6 +50,7 @@ __all__ = [
     "Quantized",
     "Radial",
     "Radius",
+    "Replaced",
     "Residual",
     "Rotation",
     "SFDiVeQ",
@@ -45,15 +62,34 @@ __all__ = [
     "commitment_loss_vjp",
     "decode",
     "decode_curve",
+    "ema_init",
+    "ema_update",
     "equivalent_loss",
+    "fsq",
+    "fsq_decode",
+    "fsq_jvp",
+    "fsq_vjp",
+    "gumbel_jvp",
+    "gumbel_quantize",
+    "gumbel_vjp",
     "jvp",
+    "kmeans",
+    "kmeans_plus_plus",
+    "linear_codebook",
+    "linear_codebook_init",
+    "linear_codebook_jvp",
+    "linear_codebook_vjp",
     "lookup",
     "nearest",
+    "nearest_cosine",
+    "normalize",
+    "normalize_vjp",
     "perplexity",
     "positive_share",
     "project",
     "quantize",
     "register",
+    "replace_unused",
     "usage",
     "used_share",
     "vjp",

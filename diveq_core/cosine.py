@@ -1,0 +1,157 @@
+r"""Search by direction: vectors and codewords on the unit sphere.
+
+.. math:: i = \arg\max_k \langle \hat z, \hat E_k\rangle = \arg\min_k \|\hat z - \hat E_k\|, \qquad \hat x = x / \|x\|
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from diveq_core._array import Array, check_finite, check_floating, check_pair, check_shape, safe_inverse
+from diveq_core.registry import backend_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core.backend import Backend
+
+
+def normalize(x: Array, /) -> Array:
+    r"""Vectors over their lengths; differentiable in libraries that differentiate.
+
+    .. math:: \hat x = x / \|x\|, \qquad \hat 0 = 0
+
+    Parameters
+    ----------
+    x : array (..., D)
+
+    Returns
+    -------
+    array (..., D)
+        Of the same dtype, computed in at least float32; neither overflows nor underflows. A vector of zeros stays
+        zeros, and its derivative there is zero.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the array is not real floating or has no axis.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.normalize(np.array([[3.0, 4.0], [0.0, 0.0]]))
+    array([[0.6, 0.8],
+           [0. , 0. ]])
+    """
+    lib = _check("normalize", x)
+    return lib.xp.reshape(lib.astype(_polar(lib, x)[1], x.dtype), tuple(x.shape))
+
+
+def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
+    r"""Vectors over their lengths, and the pullback; works in every library.
+
+    .. math:: g_x = \frac{1}{\|x\|}\,(g - \langle g, \hat x\rangle \hat x), \qquad 0 \text{ where } x = 0
+
+    Parameters are those of `normalize`.
+
+    Returns
+    -------
+    normalized : array (..., D)
+    pullback : callable
+        ``pullback(g)`` takes the cotangent of the result and gives that of ``x``, both (..., D).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `normalize`; ``pullback`` likewise.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> _, pullback = dq.normalize_vjp(np.array([[0.0, 2.0]]))
+    >>> pullback(np.array([[1.0, 5.0]]))
+    array([[0.5, 0. ]])
+    """
+    lib = _check("normalize_vjp", x)
+    xp = lib.xp
+    rho, u = _polar(lib, x)
+
+    def pullback(g: Array, /) -> Array:
+        backend_of("pullback", x=x, g=g)
+        check_floating(lib, "pullback", g=g)
+        check_shape("pullback", "g", g, tuple(x.shape), "x")
+        flat = lib.astype(xp.reshape(g, tuple(u.shape)), u.dtype)
+        across = (flat - lib.dot(flat, u) * u) * safe_inverse(lib, rho)
+        return xp.reshape(lib.astype(xp.where(rho > 0, across, xp.zeros_like(u)), x.dtype), tuple(x.shape))
+
+    return xp.reshape(lib.astype(u, x.dtype), tuple(x.shape)), pullback
+
+
+def nearest_cosine(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Array:
+    r"""Index of the codeword of nearest direction; ties go to the lowest index.
+
+    .. math:: i = \arg\max_k \frac{\langle z, E_k\rangle}{\|z\|\,\|E_k\|}
+
+    Parameters
+    ----------
+    z : array (..., D)
+    codebook : array (K, D)
+    check_finite : bool, optional
+        As in `nearest`.
+
+    Returns
+    -------
+    integer array (...)
+        In the library's index dtype; -1 where `nearest` gives it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `nearest`.
+
+    Notes
+    -----
+    The cosine with a vector of zeros is taken as 0: such a codeword is nearer than any that points away.
+    To train by direction, quantize what `normalize` makes of vectors and codebook.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.nearest_cosine(np.array([[9.0, 1.0], [0.1, 0.9]]), np.array([[0.0, 5.0], [0.1, 0.0]]))
+    array([1, 0])
+    """
+    lib = backend_of("nearest_cosine", z=z, codebook=codebook)
+    check_pair(lib, "nearest_cosine", z, codebook)
+    if lib.checks_finite if check_finite is None else check_finite:
+        _check_finite(lib, z, codebook)
+    xp = lib.xp
+    rho, words = _polar(lib, lib.stop_gradient(codebook))
+    _, rows = _polar(lib, lib.stop_gradient(z))
+    dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
+    # One more coordinate gives a codeword of zeros length one too: then distance and cosine are in the same order.
+    words = xp.concat([lib.astype(words, dtype), lib.astype(xp.astype(rho == 0, rho.dtype), dtype)], axis=1)
+    rows = lib.astype(rows, dtype)
+    rows = xp.concat([rows, xp.zeros_like(rows[:, :1])], axis=1)
+    return xp.reshape(lib.search(rows, words), tuple(z.shape[:-1]))
+
+
+def _check_finite(lib: Backend, z: Array, codebook: Array) -> None:
+    check_finite(lib, "nearest_cosine", z=z, codebook=codebook)
+
+
+def _polar(lib: Backend, x: Array) -> tuple[Array, Array]:
+    """Lengths (N, 1) and directions (N, D) in the compute dtype."""
+    rows = lib.xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+    return lib.polar(lib.astype(rows, lib.compute_dtype(x.dtype)))
+
+
+def _check(function: str, x: Array) -> Backend:
+    lib = backend_of(function, x=x)
+    check_floating(lib, function, x=x)
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"{function}: x must have shape (..., D) with D >= 1, got {tuple(x.shape)}")
+    return lib

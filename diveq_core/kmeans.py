@@ -1,0 +1,270 @@
+r"""k-means and k-means++: a first codebook from vectors, by the library's own search.
+
+All of it happens in a frame in which the vectors have zero mean and order one, so that an offset or a scale
+costs no digits, and with sums over ranks where there are several.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diveq_core._array import Array, check_floating, check_pair, power_of_two
+from diveq_core.codebook import drawn_noise
+from diveq_core.ranks import Ranks, finite_rows, uniform
+from diveq_core.registry import backend_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class KMeans(NamedTuple):
+    """What `kmeans` gives."""
+
+    codebook: Array
+    """Codewords, (K, D), in the dtype of the vectors."""
+
+    indices: Array
+    """Index of the codeword of each vector, (...); -1 for a vector that is not finite."""
+
+    inertia: Array
+    """Sum of squared distances of all ranks' vectors to their codewords, ()."""
+
+
+def kmeans_plus_plus(
+    z: Array,
+    count: int,
+    /,
+    *,
+    noise: Array | None = None,
+    rng: Any = None,
+    all_reduce: Callable[[Array], Array] | None = None,
+) -> Array:
+    r"""Vectors that lie apart, as a first codebook: greedy k-means++.
+
+    .. math:: P(z_n) \propto \min_{j < k} \|z_n - E_j\|^2
+
+    Of :math:`T = 2 + \lfloor\ln K\rfloor` vectors drawn so, the one becomes :math:`E_k` that leaves the least inertia.
+
+    Parameters
+    ----------
+    z : array (..., D)
+        Vectors in any real floating dtype; those that are not finite are left out.
+    count : int
+        Size K of the codebook. More than there are distinct vectors gives repeated codewords.
+    noise : array (K, T, 2), optional
+        Standard normal numbers, whose angles are the draws. The same noise gives the same in every library, but
+        for ties by rounding.
+    rng : optional
+        The library's own generator, as in `quantize`. **All ranks must use the same seed.**
+    all_reduce : callable, optional
+        Sum over ranks, array -> array of the same shape; the draws are as from the joined vectors.
+
+    Returns
+    -------
+    array (K, D)
+        In the dtype of ``z``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes do not fit, or, where values can be read, no vector is finite.
+
+    References
+    ----------
+    Arthur, Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007, section 2.2 and its conclusion.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> z = np.array([[0.0], [0.1], [10.0], [10.1]])
+    >>> np.sort(np.round(dq.kmeans_plus_plus(z, 2, rng=np.random.default_rng(0)), -1).ravel())
+    array([ 0., 10.])
+    """
+    frame = _Frame("kmeans_plus_plus", z, all_reduce)
+    return frame.restore(frame.spread_out(count, noise, rng))
+
+
+def kmeans(
+    z: Array,
+    codebook: int | Array,
+    /,
+    *,
+    iterations: int = 25,
+    noise: Array | None = None,
+    rng: Any = None,
+    all_reduce: Callable[[Array], Array] | None = None,
+) -> KMeans:
+    r"""Codebook of least squared error, by Lloyd's iterations.
+
+    .. math:: i_n = \arg\min_k \|z_n - E_k\|, \qquad E_k \leftarrow \frac{1}{c_k} \sum_{n : i_n = k} z_n
+
+    Parameters
+    ----------
+    z : array (..., D)
+        Vectors in any real floating dtype; those that are not finite are left out.
+    codebook : int or array (K, D)
+        Size of the codebook, which then begins by `kmeans_plus_plus`, or the codebook to begin with.
+    iterations : int, default 25
+        At most so many; fewer if nothing changes any more.
+    noise, rng, all_reduce
+        As in `kmeans_plus_plus`; random numbers are drawn for the beginning only. A codebook to begin with must be
+        the same on all ranks, and every rank must have a vector.
+
+    Returns
+    -------
+    KMeans
+        ``codebook`` (K, D), ``indices`` (...) and ``inertia`` (), of that codebook.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If libraries, dtypes or shapes do not fit, or, where values can be read, no vector is finite.
+
+    Notes
+    -----
+    A codeword without vectors goes to a vector far from its own codeword: the j-th of M to the middle of the j-th of
+    M equal parts of the cumulative squared distance. With fewer distinct vectors than codewords, some stay unused.
+
+    References
+    ----------
+    Lloyd, "Least squares quantization in PCM", IEEE Trans. Information Theory 28 (1982), section II.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> z = np.array([[0.0], [2.0], [10.0], [12.0]])
+    >>> found = dq.kmeans(z, 2, rng=np.random.default_rng(0))
+    >>> np.sort(found.codebook.ravel()), round(float(found.inertia), 6)
+    (array([ 1., 11.]), 4.0)
+    """
+    if isinstance(iterations, bool) or not isinstance(iterations, numbers.Integral) or iterations < 0:
+        raise ValueError(f"kmeans: iterations must be an integer >= 0, got {iterations!r}")
+    frame = _Frame("kmeans", z, all_reduce)
+    lib, xp = frame.lib, frame.lib.xp
+    if isinstance(codebook, numbers.Integral):
+        e = frame.spread_out(int(codebook), noise, rng)
+    else:
+        backend_of("kmeans", z=z, codebook=codebook)
+        check_pair(lib, "kmeans", z, codebook)
+        e = frame.enter(lib.astype(lib.stop_gradient(codebook), frame.y.dtype))
+        # A codeword that is not finite would take part in no comparison; as the mean it takes part in all.
+        e, _ = finite_rows(lib, e)
+    for _ in range(int(iterations)):
+        moved = frame.lloyd(e)
+        if lib.is_concrete(moved) and bool(xp.all(moved == e)):
+            break
+        e = moved
+    indices = frame.nearest(e)
+    inertia = frame.ranks.sum(xp.sum(frame.squared_distances(e, indices)))
+    shaped = xp.reshape(indices, tuple(z.shape[:-1]))
+    return KMeans(frame.restore(e), shaped, inertia * frame.size * frame.size)
+
+
+class _Frame:
+    """The vectors, (N, D), with zero mean and order one; what is not finite is zero and not ``valid``."""
+
+    def __init__(self, function: str, z: Array, all_reduce: Callable[[Array], Array] | None) -> None:
+        self.lib = lib = backend_of(function, z=z)
+        check_floating(lib, function, z=z)
+        if z.ndim < 1 or z.shape[-1] < 1 or math.prod(z.shape) == 0:
+            raise ValueError(
+                f"{function}: z must have shape (..., D) with D >= 1 and at least one vector, got {tuple(z.shape)}"
+            )
+        xp = lib.xp
+        self.function, self.dtype = function, z.dtype
+        self.ranks = Ranks(lib, function, all_reduce)
+        rows = xp.reshape(lib.stop_gradient(z), (math.prod(z.shape[:-1]), z.shape[-1]))
+        rows, finite = finite_rows(lib, lib.astype(rows, lib.compute_dtype(z.dtype)))
+        # Half of the largest number at most, so that no difference overflows.
+        limit = float(xp.finfo(rows.dtype).max) / 2
+        rows = xp.clip(rows, -limit, limit)
+        self.valid = finite
+        self.weights = xp.astype(finite, rows.dtype)
+        total = self.ranks.sum(xp.sum(self.weights))
+        if lib.is_concrete(total) and float(total) == 0:
+            raise ValueError(f"{function}: z must have at least one finite vector, got none of {rows.shape[0]}")
+        share = 1 / total
+        # Divided first: the sum of large vectors may overflow.
+        self.mean = self.ranks.sum(xp.sum(rows * share, axis=0))
+        d = xp.where(finite[:, None], rows - self.mean, xp.zeros_like(rows))
+        self.size = power_of_two(lib, self.ranks.sum(xp.sum(xp.abs(d) * (share / d.shape[1]))))
+        self.y = d * (1 / self.size)
+
+    def enter(self, codebook: Array) -> Array:
+        """A codebook in this frame."""
+        return (codebook - self.mean) * (1 / self.size)
+
+    def restore(self, e: Array) -> Array:
+        """A codebook in the frame of the vectors, in their dtype, finite."""
+        largest = float(self.lib.xp.finfo(self.dtype).max)
+        return self.lib.astype(self.lib.xp.clip(e * self.size + self.mean, -largest, largest), self.dtype)
+
+    def nearest(self, e: Array) -> Array:
+        """Index of the nearest codeword, (N,); -1 where not valid."""
+        found = self.lib.search(self.y, e)
+        return self.lib.xp.where(self.valid, found, self.lib.xp.full_like(found, -1))
+
+    def squared_distances(self, e: Array, indices: Array) -> Array:
+        """Squared distance of each vector to its codeword, (N,); 0 where not valid."""
+        lib, xp = self.lib, self.lib.xp
+        zeros = xp.zeros_like(indices)
+
+        def rows(y: Array, indices: Array) -> Array:
+            d = y - lib.take_rows(e, indices)
+            return lib.dot(d, d)
+
+        squares = lib.by_rows(rows, self.y, xp.where(self.valid, indices, zeros))[:, 0]
+        return xp.where(self.valid, squares, xp.zeros_like(squares))
+
+    def lloyd(self, e: Array) -> Array:
+        """One iteration."""
+        lib, xp = self.lib, self.lib.xp
+        indices = self.nearest(e)
+        counts = lib.segment_sum(self.weights[:, None], indices, e.shape[0])
+        total = self.ranks.sum(xp.concat([lib.segment_sum(self.y, indices, e.shape[0]), counts], axis=1))
+        c = total[:, -1:]
+        moved = xp.where(c > 0, total[:, :-1] / xp.where(c > 0, c, xp.ones_like(c)), e)
+        empty = c[:, 0] == 0
+        if lib.is_concrete(empty) and not bool(xp.any(empty)):
+            return moved
+        squares = self.squared_distances(e, indices)
+        far = xp.astype(empty, e.dtype)
+        number = xp.sum(far)
+        positions = (xp.cumulative_sum(far) - 0.5) / xp.where(number > 0, number, xp.ones_like(number))
+        seeds = self.ranks.draw(self.y, squares, positions)
+        apart = self.ranks.sum(xp.sum(squares)) > 0
+        return xp.where((empty & apart)[:, None], seeds, moved)
+
+    def spread_out(self, count: int, noise: Array | None, rng: Any) -> Array:
+        """Greedy k-means++ in this frame, (count, D)."""
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+            raise ValueError(f"{self.function}: the size of the codebook must be an integer >= 1, got {count!r}")
+        lib, xp, y = self.lib, self.lib.xp, self.y
+        trials = 2 + int(math.log(count))
+        positions = uniform(lib, drawn_noise(lib, self.function, y, (int(count), trials, 2), noise, rng))
+        squares = lib.dot(y, y)[:, 0]
+        columns = xp.permute_dims(y, (1, 0))
+        rounding = 8 * float(xp.finfo(y.dtype).eps)
+
+        def distances(seeds: Array) -> Array:
+            """Squared distances, (T, N); 0 where rounding hides them, so that no vector is drawn twice."""
+            own = lib.dot(seeds, seeds)
+            size = own + squares
+            d = size - 2 * lib.matmul(seeds, columns)
+            return xp.where((d > rounding * size) & self.valid, d, xp.zeros_like(d))
+
+        first = self.ranks.draw(y, self.weights, positions[0, :1])
+        chosen, closest = [first], distances(first)
+        inertia = self.ranks.sum(xp.sum(closest))
+        for k in range(1, int(count)):
+            seeds = self.ranks.draw(y, xp.where(inertia > 0, closest[0, :], self.weights), positions[k, :])
+            left = xp.minimum(distances(seeds), closest)
+            inertias = self.ranks.sum(xp.sum(left, axis=1))
+            best = xp.argmin(inertias, keepdims=True)
+            closest, inertia = xp.take(left, best, axis=0), xp.min(inertias)
+            chosen.append(xp.take(seeds, best, axis=0))
+        return xp.concat(chosen)

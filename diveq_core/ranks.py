@@ -1,0 +1,129 @@
+r"""Sums over ranks, and draws on which all ranks agree.
+
+Everything that several devices have to agree on goes through one function, a sum over ranks. A weighted draw from
+vectors that lie on different ranks needs an order of the ranks besides; each finds its place in one by a hash of
+its own vectors, so that neither a rank's number nor a further collective is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from diveq_core._array import describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core._array import Array
+    from diveq_core.backend import Backend
+
+# Places for ranks. Two that hash to one place give the mean of their two vectors, which is rare and does no harm.
+_PLACES = 1 << 14
+
+
+class Ranks:
+    """Sum over ranks, and weighted draws from the vectors of all.
+
+    Parameters
+    ----------
+    lib : Backend
+    function : str
+        The public function at work, for error texts.
+    all_reduce : callable or None
+        Sum over ranks, array -> array of the same shape; None where there is one rank.
+    """
+
+    def __init__(self, lib: Backend, function: str, all_reduce: Callable[[Array], Array] | None) -> None:
+        if all_reduce is not None and not callable(all_reduce):
+            raise TypeError(
+                f"{function}: all_reduce must be a function that sums an array over ranks, got {describe(all_reduce)}"
+            )
+        self.lib = lib
+        self.function = function
+        self.all_reduce = all_reduce
+
+    def sum(self, x: Array) -> Array:
+        """``x`` summed over ranks."""
+        if self.all_reduce is None:
+            return x
+        total = self.all_reduce(x)
+        if not self.lib.owns(total) or tuple(total.shape) != tuple(x.shape) or total.dtype != x.dtype:
+            got = f"{total.dtype} {tuple(total.shape)}" if hasattr(total, "shape") else describe(total)
+            raise ValueError(
+                f"{self.function}: all_reduce must return an array like its argument, {x.dtype} {tuple(x.shape)}, "
+                f"got {got}"
+            )
+        return total
+
+    def draw(self, z: Array, weights: Array, positions: Array) -> Array:
+        """Vectors at ``positions`` (M,) in [0, 1) of the cumulative weights of all ranks, (M, D).
+
+        ``z`` (N, D) must be finite and ``weights`` (N,) at least 0. All ranks pass the same positions and get the
+        same vectors; zeros if all weights are zero.
+        """
+        lib, xp = self.lib, self.lib.xp
+        if z.shape[0] == 0:
+            z = xp.zeros((1, z.shape[1]), dtype=z.dtype, **lib.place(z))
+            weights = z[:, 0]
+        if self.all_reduce is None:
+            rows = xp.take(z, pick(lib, weights, positions), axis=0)
+            return xp.where(xp.sum(weights) > 0, rows, xp.zeros_like(rows))
+        mass = xp.sum(weights)
+        here = xp.arange(_PLACES, **lib.place(z)) == self._place(z)
+        nothing = xp.zeros((_PLACES,), dtype=z.dtype, **lib.place(z))
+        shared = xp.astype(mass > 0, z.dtype)
+        both = self.sum(xp.stack([xp.where(here, mass, nothing), xp.where(here, shared, nothing)]))
+        masses, sharers = both[0, :], both[1, :]
+        owners = pick(lib, masses, positions)
+        cumulative = xp.cumulative_sum(masses)
+        # Where in the owner's vectors; rounding may lead a little outside, from where `pick` returns.
+        before = xp.take(cumulative - masses, owners)
+        own = xp.take(masses, owners)
+        inside = (positions * cumulative[-1] - before) / xp.where(own > 0, own, xp.ones_like(own))
+        rows = xp.take(z, pick(lib, weights, inside), axis=0)
+        sharing = xp.take(sharers, owners)
+        share = xp.where(sharing > 0, 1 / xp.where(sharing > 0, sharing, xp.ones_like(sharing)), 0 * sharing)
+        mine = xp.take(here, owners) & (mass > 0)
+        return self.sum(xp.where(mine[:, None], rows * share[:, None], xp.zeros_like(rows)))
+
+    def _place(self, z: Array) -> Array:
+        """Hash of vectors to a place, ()."""
+        lib, xp = self.lib, self.lib.xp
+        size = xp.max(xp.abs(z))
+        y = z / xp.where(size > 0, size, xp.ones_like(size))
+        columns = xp.astype(xp.arange(1, z.shape[1] + 1, **lib.place(z)), z.dtype)
+        rows = xp.astype(xp.arange(1, z.shape[0] + 1, **lib.place(z)), z.dtype)
+        # Sines at incommensurable steps; the square root keeps the sum of any number of vectors of order one.
+        mixed = xp.sum(y * xp.sin(columns * 12.9898), axis=1) * (1.5 + xp.sin(rows * 78.233))
+        phase = xp.sum(mixed) * (437.58 / math.sqrt(math.prod(z.shape)))
+        place = xp.floor((phase - xp.floor(phase)) * _PLACES)
+        return xp.astype(xp.minimum(place, xp.full_like(place, _PLACES - 1)), xp.arange(1, **lib.place(z)).dtype)
+
+
+def pick(lib: Backend, weights: Array, positions: Array) -> Array:
+    """Indices (M,) into weights (N,) at positions (M,) in [0, 1) of their cumulative sum; never one of weight 0."""
+    xp = lib.xp
+    cumulative = xp.cumulative_sum(weights)
+    below_one = 1 - 2 * float(xp.finfo(positions.dtype).eps)
+    inside = xp.clip(positions, 0.0, below_one) * cumulative[-1]
+    # Counting the sums not above a position: the first index whose sum is above it.
+    found = xp.searchsorted(cumulative, inside, side="right")
+    return xp.clip(found, 0, weights.shape[0] - 1)
+
+
+def uniform(lib: Backend, noise: Array) -> Array:
+    r"""Uniform numbers in [0, 1) from pairs of standard normal ones, (..., 2) -> (...): the pair's angle.
+
+    The array API standard has no random numbers, and this needs no second kind of them.
+    """
+    angle = lib.xp.atan2(noise[..., 0], noise[..., 1])
+    below_one = 1 - 2 * float(lib.xp.finfo(noise.dtype).eps)
+    return lib.xp.clip(angle / (2 * math.pi) + 0.5, 0.0, below_one)
+
+
+def finite_rows(lib: Backend, z: Array) -> tuple[Array, Array]:
+    """``z`` (N, D) with zeros for the rows that are not finite, and which rows are, (N,)."""
+    xp = lib.xp
+    finite = xp.all(xp.isfinite(z), axis=1)
+    return xp.where(finite[:, None], z, xp.zeros_like(z)), finite
