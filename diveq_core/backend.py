@@ -16,7 +16,7 @@ from diveq_core.segments import segment_sum
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.rule import Rule
+    from diveq_core.rule import Bindable
 
 
 class Backend:
@@ -180,7 +180,7 @@ class Backend:
 
     # Binding to the library's automatic differentiation
 
-    def bind(self, rule: Rule, z: Array, codebook: Array, indices: Array, noise: Array | None) -> Array:
+    def bind(self, rule: Bindable, z: Array, codebook: Array, indices: Array, noise: Array | None) -> Array:
         """``rule.forward``, differentiable in this library by ``rule.pullback`` and ``rule.pushforward``."""
         return rule.forward(z, codebook, indices, noise)
 

@@ -8,7 +8,7 @@ Nothing but the inputs needs to be saved between forward and backward: everythin
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from diveq_core._array import Array
     from diveq_core.backend import Backend
     from diveq_core.estimators import Estimator
+
+
+class Bindable(Protocol):
+    """What `Backend.bind` needs: hashable, its output (N, ...) differentiable to its first two arguments.
+
+    The forms of the arguments are the rule's own: `Rule` says what they are for an estimator.
+    """
+
+    def forward(self, z: Array, codebook: Array, indices: Array, noise: Any) -> Array: ...
+
+    def pullback(self, z: Array, codebook: Array, indices: Array, noise: Any, g: Array) -> tuple[Array, Array]: ...
+
+    def pushforward(
+        self, z: Array, codebook: Array, indices: Array, noise: Any, dz: Array, dcodebook: Array
+    ) -> Array: ...
 
 
 @dataclass(frozen=True)
