@@ -1,0 +1,291 @@
+"""Straight-through Gumbel-softmax against plain automatic differentiation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diveq_core as dq
+from conftest import Library, assert_close, library_named
+from strategies import EPS, ROUNDINGS, assert_within, dtypes_of, example_count, precision, round_to, to_library
+
+torch = pytest.importorskip("torch", reason="torch's automatic differentiation is the reference")
+
+# (shape of logits, D); few, because JAX compiles for each.
+SHAPES = (((2, 3, 5), 4), ((4, 1), 2), ((3, 4), 1))
+NAMES = ("logits", "codebook", "noise", "g", "dlogits", "dcodebook")
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[float, dict[str, np.ndarray]]:
+    """A temperature, inputs, a cotangent and tangents; the two largest of a row are clearly apart."""
+    shape, width = draw(st.sampled_from(SHAPES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shapes = (shape, (shape[-1], width), shape, (*shape[:-1], width), shape, (shape[-1], width))
+    p = {name: rng.standard_normal(s) for name, s in zip(NAMES, shapes, strict=True)}
+    p["noise"] = rng.gumbel(size=shape)
+    winner = rng.integers(0, shape[-1], shape[:-1])
+    p["logits"] = p["logits"] + (np.arange(shape[-1]) == winner[..., None]) * 0.125
+    total = np.sort(p["logits"] + p["noise"], axis=-1)
+    if shape[-1] > 1 and np.min(total[..., -1] - total[..., -2]) < 0.05:
+        p["noise"] = np.zeros(shape)
+        p["logits"] = rng.permuted(np.broadcast_to(np.arange(shape[-1]) / 2.0, shape).copy(), axis=-1)
+    return draw(st.sampled_from([0.5, 1.0, 4.0])), p
+
+
+def plain(xp: Any, softmax: Any, sg: Any, logits: Any, codebook: Any, noise: Any, tau: float) -> Any:
+    """``(onehot + y - sg[y]) E``."""
+    y = softmax((logits + noise) / tau)
+    hard = sg(1.0 * (xp.argmax(logits + noise, -1)[..., None] == xp.arange(logits.shape[-1])))
+    return (hard + y - sg(y)) @ codebook
+
+
+def in_torch(*arguments: Any) -> Any:
+    return plain(torch, lambda x: torch.softmax(x, dim=-1), torch.detach, *arguments)
+
+
+def in_jax(*arguments: Any) -> Any:
+    import jax
+
+    return plain(jax.numpy, jax.nn.softmax, jax.lax.stop_gradient, *arguments)
+
+
+def expected(tau: float, p: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    t = {name: torch.tensor(x).requires_grad_() for name, x in p.items()}
+    z_q = in_torch(t["logits"], t["codebook"], t["noise"].detach(), tau)
+    g_logits, g_codebook = torch.autograd.grad(z_q, (t["logits"], t["codebook"]), t["g"], create_graph=True)
+    pushed = (g_logits * t["dlogits"]).sum() + (g_codebook * t["dcodebook"]).sum()
+    (tangent,) = torch.autograd.grad(pushed, t["g"])
+    results = {"z_q": z_q, "g_logits": g_logits, "g_codebook": g_codebook, "tangent": tangent}
+    return {name: x.detach().numpy() for name, x in results.items()}
+
+
+def sizes(tau: float, p: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Magnitudes behind each result; a logit's rounding is one of y after the division by tau."""
+    lossy = 1 + np.max(np.abs(p["logits"]) + np.abs(p["noise"])) / tau
+    largest = np.max(np.abs(p["codebook"]))
+    return {
+        "z_q": 0.0,
+        "g_logits": lossy / tau * 2 * largest * np.sum(np.abs(p["g"]), axis=-1, keepdims=True),
+        "g_codebook": np.sum(np.abs(p["g"])),
+        "tangent": lossy / tau * 2 * largest * np.sum(np.abs(p["dlogits"]), axis=-1, keepdims=True)
+        + np.max(np.abs(p["dcodebook"])),
+    }
+
+
+@settings(max_examples=example_count(0.5))
+@given(data=st.data())
+def test_verbs_are_plain_automatic_differentiation(library: Library, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(dtypes_of(library)))
+    tau, p = data.draw(problems())
+    p = {name: round_to(x, dtype) for name, x in p.items()}
+    want, size, estimator = expected(tau, p), sizes(tau, p), dq.GumbelST(tau)
+    with precision(library, dtype):
+        a = {name: to_library(library, x, dtype) for name, x in p.items()}
+        arguments, noise = (a["logits"], a["codebook"]), a["noise"]
+        out, pullback = dq.gumbel_vjp(*arguments, estimator, noise=noise)
+        g_logits, g_codebook = pullback(a["g"])
+        same, tangent = dq.gumbel_jvp(*arguments, a["dlogits"], a["dcodebook"], estimator, noise=noise)
+        again = dq.gumbel_quantize(*arguments, estimator, noise=noise)
+        got = {"z_q": out.z_q, "g_logits": g_logits, "g_codebook": g_codebook, "tangent": tangent}
+        for name, value in got.items():
+            if name != "z_q":
+                assert_within(value, want[name], np.asarray(size[name]), dtype, library, ROUNDINGS)
+        # Bit for bit: the codeword.
+        indices = np.argmax(p["logits"] + p["noise"], axis=-1)
+        for x in (out, same, again):
+            np.testing.assert_array_equal(library.back(x.indices), indices)
+            np.testing.assert_array_equal(library.back(x.z_q), p["codebook"][indices])
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+@settings(max_examples=example_count(0.2))
+@given(problem=problems())
+def test_differentiates_to_the_pullback_in_both_orders(name: str, problem: tuple) -> None:
+    """``gumbel_quantize`` and ``gumbel_vjp`` against the expression, with every mixed derivative."""
+    tau, p = problem
+    library, estimator = library_named(name), dq.GumbelST(tau)
+    with precision(library, "float64"):
+        a = {key: library.to(x) for key, x in p.items()}
+        noise, leaves = a["noise"], [a[key] for key in ("logits", "codebook", "g")]
+
+        def ours(logits: Any, codebook: Any) -> Any:
+            return dq.gumbel_quantize(logits, codebook, estimator, noise=noise).z_q
+
+        def explicit(logits: Any, codebook: Any, g: Any) -> Any:
+            return dq.gumbel_vjp(logits, codebook, estimator, noise=noise)[1](g)
+
+        def reference(logits: Any, codebook: Any) -> Any:
+            return (in_torch if name == "torch" else in_jax)(logits, codebook, noise, tau)
+
+        def by_library(function: Any) -> Any:
+            if name == "torch":
+                return lambda x, e, g: torch.autograd.grad(function(x, e), (x, e), g, create_graph=True)
+            import jax
+
+            return lambda x, e, g: jax.vjp(function, x, e)[1](g)
+
+        results = []
+        for pull in (by_library(ours), explicit, by_library(reference)):
+
+            def pushed(*leaves: Any, pull: Any = pull) -> Any:
+                first = pull(*leaves)
+                return (first[0] * a["dlogits"]).sum() + (first[1] * a["dcodebook"]).sum()
+
+            if name == "torch":
+                tracked = [x.clone().requires_grad_() for x in leaves]
+                second = torch.autograd.grad(pushed(*tracked), tracked)
+                results.append([*pull(*tracked), *second])
+            else:
+                import jax
+
+                results.append([*pull(*leaves), *jax.grad(pushed, argnums=(0, 1, 2))(*leaves)])
+        for result in results[:2]:
+            for got, want in zip(result, results[2], strict=True):
+                # Numbers of order one, temperatures from 1/2.
+                np.testing.assert_allclose(library.back(got), library.back(want), rtol=1e-11, atol=1e-12)
+
+
+@given(problem=problems())
+def test_pullback_and_pushforward_are_adjoint(library: Library, problem: tuple) -> None:
+    tau, p = problem
+    dtype = "float64" if library.float64 else "float32"
+    p = {name: round_to(x, dtype) for name, x in p.items()}
+    a = {name: library.to(x.astype(dtype)) for name, x in p.items()}
+    estimator = dq.GumbelST(tau)
+    _, pullback = dq.gumbel_vjp(a["logits"], a["codebook"], estimator, noise=a["noise"])
+    g_logits, g_codebook = (library.back(x).astype(float) for x in pullback(a["g"]))
+    _, tangent = dq.gumbel_jvp(a["logits"], a["codebook"], a["dlogits"], a["dcodebook"], estimator, noise=a["noise"])
+    left = np.sum(p["g"] * library.back(tangent))
+    right = np.sum(g_logits * p["dlogits"]) + np.sum(g_codebook * p["dcodebook"])
+    size = np.sum(np.abs(p["g"])) * np.max(sizes(tau, p)["tangent"]) * 2
+    assert abs(left - right) <= ROUNDINGS * EPS[dtype] * size
+
+
+def test_extremes_are_finite(library: Library) -> None:
+    """Logits of any size at any temperature; ties to the lowest; rows that are not finite."""
+    logits = np.array([[1e38, -1e38, 0], [1e-38, 0, -1e-38], [2, 2, 2], [np.nan, 0, 1]], np.float32)
+    codebook = np.array([[1.0, 2.0], [3.0, 5.0], [7.0, 11.0]], np.float32)
+    noise = library.to(np.zeros_like(logits))
+    for tau in (1.0, 1e30):
+        out, pullback = dq.gumbel_vjp(
+            library.to(logits), library.to(codebook), dq.GumbelST(tau), noise=noise, check_finite=False
+        )
+        np.testing.assert_array_equal(library.back(out.indices), [0, 0, 0, -1])
+        np.testing.assert_array_equal(library.back(out.z_q)[:3], codebook[[0, 0, 0]])
+        assert np.all(np.isnan(library.back(out.z_q)[3]))
+        g_logits = library.back(pullback(library.to(np.ones((4, 2), np.float32)))[0])
+        if tau == 1.0:
+            assert np.all(np.isfinite(g_logits[:3]))
+            np.testing.assert_array_equal(g_logits[0], 0)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(0, 3), (2, 1)])
+def test_no_rows_and_one_codeword(library: Library, rows: int, count: int) -> None:
+    logits, codebook = np.zeros((rows, count), np.float32), np.ones((count, 2), np.float32)
+    out, pullback = dq.gumbel_vjp(library.to(logits), library.to(codebook), dq.GumbelST(), noise=library.to(logits))
+    assert_close(out.z_q, np.ones((rows, 2), np.float32), library)
+    g_logits, g_codebook = pullback(out.z_q)
+    assert_close(g_logits, logits, library)
+    assert_close(g_codebook, np.full((count, 2), rows, np.float32), library)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_drawn_noise_chooses_by_the_softmax(name: str) -> None:
+    """Gumbel's theorem, by chi-squared: 20000 draws, three degrees of freedom, one failure in 1e6."""
+    library, logits = library_named(name), np.log([0.1, 0.2, 0.3, 0.4]).astype(np.float32)
+    if name == "jax":
+        import jax
+
+        rng = jax.random.key(0)
+    else:
+        rng = np.random.default_rng(0) if name == "numpy" else torch.Generator().manual_seed(0)
+    tiled, codebook = library.to(np.tile(logits, (20000, 1))), library.to(np.eye(4, dtype=np.float32))
+    out = dq.gumbel_quantize(tiled, codebook, dq.GumbelST(), rng=rng)
+    counts, want = np.bincount(library.back(out.indices), minlength=4), 20000 * np.exp(logits)
+    assert np.sum((counts - want) ** 2 / want) < 30.7
+
+
+def test_agrees_with_torch_s_own() -> None:
+    """``F.gumbel_softmax(hard=True) @ E`` under the same noise."""
+    generator = np.random.default_rng(0)
+    logits, codebook, g = (torch.tensor(generator.standard_normal(s)) for s in ((6, 4), (4, 3), (6, 3)))
+    torch.manual_seed(1)
+    noise = -torch.empty_like(logits).exponential_().log()
+    torch.manual_seed(1)
+    leaves = [logits.requires_grad_(), codebook.requires_grad_()]
+    theirs = torch.nn.functional.gumbel_softmax(logits, tau=0.7, hard=True) @ codebook
+    ours = dq.gumbel_quantize(logits, codebook, dq.GumbelST(0.7), noise=noise).z_q
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, leaves, g) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torch_transformations() -> None:
+    rng = np.random.default_rng(0)
+    logits, noise, dlogits = (torch.tensor(rng.standard_normal((3, 5, 4))) for _ in range(3))
+    codebook, estimator = torch.tensor(rng.standard_normal((4, 2))), dq.GumbelST(0.5)
+
+    def quantize(logits: Any, noise: Any) -> Any:
+        return dq.gumbel_quantize(logits, codebook, estimator, noise=noise).z_q
+
+    want, pullback = dq.gumbel_vjp(logits, codebook, estimator, noise=noise)
+    g_logits = pullback(torch.ones_like(want.z_q))[0]
+    torch.testing.assert_close(torch.func.vmap(quantize)(logits, noise), want.z_q, rtol=0, atol=0)
+    batched = torch.func.vmap(torch.func.grad(lambda x, n: quantize(x, n).sum()))(logits, noise)
+    torch.testing.assert_close(batched, g_logits, rtol=1e-12, atol=1e-12)
+    tangent = dq.gumbel_jvp(logits, codebook, dlogits, 0 * codebook, estimator, noise=noise)[1]
+    pushed = torch.func.jvp(lambda x: quantize(x, noise), (logits,), (dlogits,))[1]
+    torch.testing.assert_close(pushed, tangent, rtol=1e-12, atol=1e-12)
+    compiled = torch.compile(quantize, fullgraph=True, backend="aot_eager")
+    leaf = logits.clone().requires_grad_()
+    got = torch.autograd.grad(compiled(leaf, noise).sum(), leaf)[0]
+    torch.testing.assert_close(got, g_logits, rtol=1e-12, atol=1e-12)
+
+
+def test_jax_transformations() -> None:
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        logits, noise, dlogits = (jax.numpy.asarray(rng.standard_normal((3, 5, 4))) for _ in range(3))
+        codebook, estimator = jax.numpy.asarray(rng.standard_normal((4, 2))), dq.GumbelST(0.5)
+
+        def quantize(logits: Any, noise: Any) -> Any:
+            return dq.gumbel_quantize(logits, codebook, estimator, noise=noise).z_q
+
+        want, pullback = dq.gumbel_vjp(logits, codebook, estimator, noise=noise)
+        g_logits = pullback(jax.numpy.ones_like(want.z_q))[0]
+        np.testing.assert_array_equal(jax.jit(jax.vmap(quantize))(logits, noise), want.z_q)
+        batched = jax.jit(jax.vmap(jax.grad(lambda x, n: quantize(x, n).sum())))(logits, noise)
+        np.testing.assert_allclose(batched, g_logits, rtol=1e-12, atol=1e-12)
+        tangent = dq.gumbel_jvp(logits, codebook, dlogits, 0 * codebook, estimator, noise=noise)[1]
+        pushed = jax.jvp(lambda x: quantize(x, noise), (logits,), (dlogits,))[1]
+        np.testing.assert_allclose(pushed, tangent, rtol=1e-12, atol=1e-12)
+
+
+def test_errors() -> None:
+    logits, codebook, estimator = np.zeros((2, 3)), np.zeros((3, 4)), dq.GumbelST()
+    with pytest.raises(ValueError, match=r"^GumbelST: temperature must be finite and > 0, got 0.0"):
+        dq.GumbelST(0)
+    with pytest.raises(TypeError, match=r"^GumbelST: temperature must be a real number > 0, got builtins.str"):
+        dq.GumbelST("1")
+    with pytest.raises(TypeError, match=r"^gumbel_vjp: estimator must be GumbelST\(temperature\), got .*STE"):
+        dq.gumbel_vjp(logits, codebook, dq.STE())
+    with pytest.raises(ValueError, match=r"^gumbel_quantize: logits must have shape .* K = 4 .* got \(2, 3\)"):
+        dq.gumbel_quantize(logits, np.zeros((4, 3)), estimator)
+    with pytest.raises(TypeError, match=r"^gumbel_quantize: logits must have a real floating dtype"):
+        dq.gumbel_quantize(np.zeros((2, 3), int), codebook, estimator)
+    with pytest.raises(ValueError, match=r"^gumbel_quantize: noise must have the shape of logits, \(2, 3\)"):
+        dq.gumbel_quantize(logits, codebook, estimator, noise=np.zeros((2, 4)))
+    with pytest.raises(ValueError, match=r"^gumbel_quantize: logits must be finite"):
+        dq.gumbel_quantize(logits + np.nan, codebook, estimator)
+    with pytest.raises(ValueError, match=r"^gumbel_jvp: dlogits must have the shape of logits, \(2, 3\)"):
+        dq.gumbel_jvp(logits, codebook, codebook, codebook, estimator)
+    _, pullback = dq.gumbel_vjp(logits, codebook, estimator)
+    with pytest.raises(ValueError, match=r"^pullback: g must have the shape of z_q, \(2, 4\), got \(2, 3\)"):
+        pullback(logits)
