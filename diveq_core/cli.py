@@ -72,9 +72,11 @@ def bench_command(
     k: Annotated[list[int] | None, typer.Option(help="Codewords, K.")] = None,
     d: Annotated[list[int] | None, typer.Option(help="Dimension, D.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, float64, float16 or bfloat16.")] = None,
-    backend: Annotated[list[str] | None, typer.Option(help="numpy, torch, jax or cupy; all by default.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="numpy, torch, jax or cupy; those of the device by default.")
+    ] = None,
     device: Annotated[list[str] | None, typer.Option(help="cpu or cuda.")] = None,
-    repeats: Annotated[int | None, typer.Option(help="Rounds; 9 by default, 3 if quick.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds; 7 by default, 3 if quick.")] = None,
     memory: Annotated[bool, typer.Option(help="Also measure peak memory, each in its own process.")] = True,
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("bench.png"),
     json: Annotated[Path | None, typer.Option(help="Also write all figures as data.")] = None,

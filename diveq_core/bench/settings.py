@@ -69,7 +69,7 @@ class Settings:
                     raise BenchError(f"--{name} must be among {', '.join(known)}, got {value!r}")
             object.__setattr__(self, name, tuple(dict.fromkeys(values)) or otherwise)
         if self.repeats is None:
-            object.__setattr__(self, "repeats", 3 if self.quick else 9)
+            object.__setattr__(self, "repeats", 3 if self.quick else 7)
         _check_integer("repeats", self.repeats, 1)
 
     def _given(self, name: str) -> tuple[Any, ...]:
