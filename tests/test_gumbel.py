@@ -40,7 +40,8 @@ def problems(draw: st.DrawFn) -> tuple[float, dict[str, np.ndarray]]:
 def plain(xp: Any, softmax: Any, sg: Any, logits: Any, codebook: Any, noise: Any, tau: float) -> Any:
     """``(onehot + y - sg[y]) E``."""
     y = softmax((logits + noise) / tau)
-    hard = sg(1.0 * (xp.argmax(logits + noise, -1)[..., None] == xp.arange(logits.shape[-1])))
+    chosen = xp.argmax(logits + noise, -1)[..., None] == xp.arange(logits.shape[-1])
+    hard = xp.where(chosen, xp.ones_like(logits), xp.zeros_like(logits))
     return (hard + y - sg(y)) @ codebook
 
 
