@@ -140,6 +140,31 @@ def test_quantize_differentiates_to_the_same(name: str, case: Case, data: st.Dat
             assert_within(value, getattr(want, key), want.sizes[key], dtype, library, ROUNDINGS)
 
 
+# torch.func.jvp compiles its decompositions so.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@differentiating
+@by_case
+@settings(max_examples=example_count(0.2))
+@given(p=problems())
+def test_quantize_pushes_forward_to_the_same(name: str, case: Case, p: Problem) -> None:
+    """Forward mode of ``quantize`` itself."""
+    library = library_named(name)
+    p = p.rounded("float32")
+    want, estimator = expected(case, p), case.make(p.width)
+    a = arrays_of(library, p, "float32")
+
+    def quantize(z: Any, codebook: Any) -> Any:
+        return dq.quantize(z, codebook, estimator, noise=a["noise"], indices=a["indices"]).z_q
+
+    if name == "torch":
+        from torch.func import jvp
+    else:
+        from jax import jvp
+    z_q, tangent = jvp(quantize, (a["z"], a["codebook"]), (a["dz"], a["dcodebook"]))
+    assert_within(z_q, want.z_q, want.sizes["z_q"], "float32", library, ROUNDINGS)
+    assert_within(tangent, want.tangent, want.sizes["tangent"], "float32", library, ROUNDINGS)
+
+
 @by_case
 @settings(max_examples=example_count(0.3))
 @given(p=problems())

@@ -1,0 +1,611 @@
+"""Break the mathematics on purpose, one line at a time, and show that the tests notice every time.
+
+Each mutant replaces one piece of text that occurs exactly once in one file, in a copy of the project, and the
+tests named for it must fail by their assertions: not at import, and not in code that no longer runs at all.
+
+    python tests/break_the_mathematics.py [--jobs 2] [--only SUBSTRING]
+
+Prints a line for each, then ``caught N/N``; exit status 1 unless every mutant is caught and the copy without a
+mutant passes the same tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Rides along in pytest: the copy must be what is imported, failures are recorded by kind, nothing is shrunk.
+PLUGIN = """
+import importlib.util, json, os, pathlib
+from hypothesis import HealthCheck, Phase, settings
+import pytest
+
+settings.register_profile(
+    "mutants", max_examples=30, deadline=None, derandomize=True, database=None, report_multiple_bugs=False,
+    phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
+)
+failures = []
+
+def pytest_sessionstart(session):
+    here = pathlib.Path(__file__).parent
+    for name in ("diveq_core", "diveq_numpy", "diveq_torch", "diveq_jax"):
+        assert here in pathlib.Path(importlib.util.find_spec(name).origin).parents, f"{name} is not the copy"
+
+def pytest_collectreport(report):
+    if report.failed:
+        failures.append({"test": report.nodeid, "when": "collect", "error": str(report.longrepr)[-200:]})
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        failures.append({"test": item.nodeid, "when": report.when, "error": call.excinfo.typename})
+    return report
+
+def pytest_sessionfinish(session, exitstatus):
+    with open(os.environ["MUTANT_REPORT"], "w") as file:
+        json.dump({"status": int(exitstatus), "collected": session.testscollected, "failures": failures}, file)
+"""
+
+# Errors of code that no longer runs, which any call would have shown.
+NOT_MATHEMATICS = {"NameError", "SyntaxError", "ImportError", "ModuleNotFoundError", "AttributeError"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One way to be wrong."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+    """A test file and a ``-k`` expression that should notice, after a space."""
+
+
+def verbs(cases: str, library: str = "numpy") -> str:
+    return f"test_estimators.py verbs_are_plain and {library} and ({cases})"
+
+
+def second(cases: str, library: str = "torch") -> str:
+    return f"test_second_order.py ({'double_backward' if library == 'torch' else 'reverse_over'}) and ({cases})"
+
+
+def bound(cases: str, library: str) -> str:
+    return f"test_estimators.py differentiates_to_the_same and {library} and ({cases})"
+
+
+ESTIMATORS, RADIUS, ARRAY, RULE = (f"diveq_core/{name}.py" for name in ("estimators", "radius", "_array", "rule"))
+NUMPY, TORCH, JAX = (f"backends/diveq_{name}/__init__.py" for name in ("numpy", "torch", "jax"))
+TORCH_BIND, JAX_BIND = "backends/diveq_torch/bind.py", "backends/diveq_jax/bind.py"
+G_Q = "        g_q = lib.dot(g, w) * u\n"
+W = "        w = lib.stop_gradient(self.direction(lib, z, q, noise))\n"
+MUTANTS = (
+    # Pullbacks
+    Mutant("STE: g_z is -g", ESTIMATORS, "return g, None", "return -g, None", verbs("STE")),
+    Mutant("STE: g_z halved", ESTIMATORS, "return g, None", "return g / 2, None", verbs("STE")),
+    Mutant("STE: the codebook gets g too", ESTIMATORS, "return g, None", "return g, g", verbs("STE")),
+    Mutant("distance: sign of g_q", ESTIMATORS, G_Q, G_Q.replace("lib.dot", "-lib.dot"), verbs("DiVeQ or NSVQ")),
+    Mutant("distance: <g, u> for <g, w>", ESTIMATORS, G_Q, G_Q.replace("(g, w)", "(g, u)"), verbs("DiVeQ or NSVQ")),
+    Mutant("distance: g_q along w", ESTIMATORS, G_Q, G_Q.replace("* u", "* w"), verbs("DiVeQ or NSVQ")),
+    Mutant("distance: g_z gains g_q", ESTIMATORS, "return g - g_q, g_q", "return g + g_q, g_q", verbs("DiVeQ")),
+    Mutant("distance: g_z stays g", ESTIMATORS, "return g - g_q, g_q", "return g, g_q", verbs("DiVeQ")),
+    Mutant("distance: g_q doubled", ESTIMATORS, "return g - g_q, g_q", "return g - g_q, 2 * g_q", verbs("DiVeQ")),
+    Mutant("distance: g_z lacks g", ESTIMATORS, "return g - g_q, g_q", "return -g_q, g_q", verbs("DiVeQDetach")),
+    Mutant(
+        "radial: sign of the term in g_z",
+        ESTIMATORS,
+        "return g + coefficient * (to_z",
+        "return g - coefficient * (to_z",
+        verbs("Power or PNorm"),
+    ),
+    Mutant(
+        "radial: the codebook gets z's gradient",
+        ESTIMATORS,
+        "coefficient * (to_z * back), coefficient * (to_q * back)",
+        "coefficient * (to_z * back), coefficient * (to_z * back)",
+        verbs("Power or Cosine"),
+    ),
+    Mutant(
+        "radial: the power of two not taken back",
+        ESTIMATORS,
+        "lib.stop_gradient(log_r)), 1 / k",
+        "lib.stop_gradient(log_r)), 1.0",
+        "test_second_order.py extreme and Power",
+    ),
+    # Pushforwards
+    Mutant("STE: tangent of q", ESTIMATORS, "        return dz\n", "        return dq\n", verbs("STE")),
+    Mutant("distance: dq + dz", ESTIMATORS, "lib.dot(u, dq - dz) * w", "lib.dot(u, dq + dz) * w", verbs("DiVeQ")),
+    Mutant("distance: tangent along u", ESTIMATORS, "dq - dz) * w", "dq - dz) * u", verbs("DiVeQ or NSVQ")),
+    Mutant("distance: drho by w", ESTIMATORS, "lib.dot(u, dq - dz)", "lib.dot(w, dq - dz)", verbs("DiVeQ or NSVQ")),
+    Mutant("distance: dz lost", ESTIMATORS, "return dz + lib.dot(u", "return lib.dot(u", verbs("DiVeQ or NSVQ")),
+    Mutant(
+        "radial: the tangent of z subtracted",
+        ESTIMATORS,
+        "(to_q * back, dq) + lib.dot(",
+        "(to_q * back, dq) - lib.dot(",
+        verbs("Power or Cosine"),
+    ),
+    Mutant(
+        "radial: the tangent of q lost",
+        ESTIMATORS,
+        "(lib.dot(to_q * back, dq) + lib.dot(to_z * back, dz))",
+        "lib.dot(to_z * back, dz)",
+        verbs("Power or Cosine"),
+    ),
+    # Forward
+    Mutant("DiVeQ: sigma squared", ESTIMATORS, "d + self.sigma * noise", "d + self.sigma**2 * noise", verbs("DiVeQ")),
+    Mutant("DiVeQ: noise subtracted", ESTIMATORS, "d + self.sigma * noise", "d - self.sigma * noise", verbs("DiVeQ")),
+    Mutant("DiVeQ: no noise", ESTIMATORS, "d + self.sigma * noise", "d", verbs("DiVeQ")),
+    Mutant(
+        "DiVeQ: rho lost",
+        ESTIMATORS,
+        "            return q\n        rho, _ = lib.polar(q - z)\n        return z + rho * self",
+        "            return q\n        rho, _ = lib.polar(q - z)\n        return z + self",
+        verbs("DiVeQ"),
+    ),
+    Mutant(
+        "DiVeQ: from q, not from z",
+        ESTIMATORS,
+        "            return q\n        rho, _ = lib.polar(q - z)\n        return z + rho * self",
+        "            return q\n        rho, _ = lib.polar(q - z)\n        return q + rho * self",
+        verbs("DiVeQ"),
+    ),
+    Mutant("NSVQ: noise of any length", ESTIMATORS, "lib.polar(noise)[1]", "noise", verbs("NSVQ")),
+    Mutant("NSVQ: away from the noise", ESTIMATORS, "lib.polar(noise)[1]", "-lib.polar(noise)[1]", verbs("NSVQ")),
+    Mutant(
+        "hard: z + (q - z) for q",
+        RULE,
+        "return lib.astype(lib.take_rows(codebook, indices), out_dtype)",
+        "return lib.astype(z + (lib.take_rows(codebook, indices) - z), out_dtype)",
+        "test_estimators.py bit_for_bit and numpy and STE",
+    ),
+    # What carries derivatives and what does not
+    Mutant(
+        "distance: w carries gradient", ESTIMATORS, W + G_Q, W.replace("lib.stop_gradient", "") + G_Q, second("DiVeQ")
+    ),
+    Mutant(
+        "distance: u is held constant",
+        ESTIMATORS,
+        G_Q,
+        G_Q.replace("* u", "* lib.stop_gradient(u)"),
+        second("DiVeQ or NSVQ"),
+    ),
+    Mutant(
+        "radial: the error is held constant",
+        ESTIMATORS,
+        "* lib.xp.exp(log_r - lib.stop_gradient(log_r))",
+        "* lib.xp.exp(log_r - log_r)",
+        second("Power or Cosine"),
+    ),
+    Mutant(
+        "radial: the direction carries gradient",
+        ESTIMATORS,
+        "return lib.stop_gradient(d * k) * lib.xp.exp(log_r - lib.stop_gradient(log_r))",
+        "return (d * k) * lib.xp.exp(log_r - lib.stop_gradient(log_r))",
+        second("Power or Cosine"),
+    ),
+    Mutant(
+        "radial: the ln r form differentiated",
+        ESTIMATORS,
+        "        coefficient = lib.dot(g, live)\n",
+        "        coefficient = lib.dot(g, (q - z) / back)\n",
+        second("Power or Cosine"),
+    ),
+    Mutant("torch: nothing is held constant", TORCH, "return x.detach()", "return x + 0", second("DiVeQ")),
+    Mutant(
+        "JAX: nothing is held constant",
+        JAX,
+        "return jax.lax.stop_gradient(x)",
+        "return x",
+        second("DiVeQ", "jax"),
+    ),
+    # Radii
+    Mutant("Power: alpha lost", RADIUS, "self.alpha * u * safe", "u * safe", verbs("Power")),
+    Mutant("Power: alpha + 1", RADIUS, "self.alpha * u * safe", "(self.alpha + 1) * u * safe", verbs("Power")),
+    Mutant(
+        "Power: alpha lost in ln r", RADIUS, "self.alpha * safe_log(lib, rho)", "safe_log(lib, rho)", second("Power")
+    ),
+    Mutant(
+        "Power: d / rho",
+        RADIUS,
+        "self.alpha * u * safe_inverse(lib, length, k)",
+        "self.alpha * u * k",
+        verbs("Power"),
+    ),
+    Mutant(
+        "Power: sign of d(ln r)/dz",
+        RADIUS,
+        "        to_q = self.alpha * u * safe_inverse(lib, length, k)\n        return to_q, -to_q",
+        "        to_q = self.alpha * u * safe_inverse(lib, length, k)\n        return to_q, to_q",
+        verbs("Power"),
+    ),
+    Mutant("PseudoHuber: delta for its square", RADIUS, "(delta / s) ** 2", "(delta / s)", verbs("PseudoHuber")),
+    Mutant(
+        "PseudoHuber: ln r^2 for ln r",
+        RADIUS,
+        "0.5 * lib.xp.log(squared)",
+        "lib.xp.log(squared)",
+        second("PseudoHuber"),
+    ),
+    Mutant("PseudoHuber: no 1 / s", RADIUS, "d_s / squared / s", "d_s / squared", verbs("PseudoHuber")),
+    Mutant(
+        "PseudoHuber: delta not brought into range",
+        RADIUS,
+        "delta = min(max(self.delta, float(limits.smallest_normal)), float(limits.max))",
+        "delta = self.delta",
+        "test_radius.py out_of_the_dtype and numpy",
+    ),
+    Mutant("PNorm: |d|^p", RADIUS, "** (self.p - 1)", "** self.p", verbs("PNorm")),
+    Mutant("PNorm: sign lost", RADIUS, "return v, xp.sign(v) * one_where", "return v, one_where", verbs("PNorm")),
+    Mutant("PNorm: ln r^p for ln r", RADIUS, "lib.dot(power, v)) / self.p", "lib.dot(power, v))", second("PNorm")),
+    Mutant(
+        "PNorm: p = 2 has no second derivative at zero",
+        RADIUS,
+        "if self.p == 2:",
+        "if False:",
+        second("PNorm"),
+    ),
+    Mutant(
+        "Mahalanobis: the matrix as it stands",
+        RADIUS,
+        "(m + lib.xp.permute_dims(m, (1, 0))) * 0.5",
+        "m",
+        verbs("Mahalanobis"),
+    ),
+    Mutant(
+        "Mahalanobis: ln r^2 for ln r",
+        RADIUS,
+        "0.5 * safe_log(lib, squared) - lib.xp.log(k)",
+        "safe_log(lib, squared) - lib.xp.log(k)",
+        second("Mahalanobis"),
+    ),
+    Mutant(
+        "Mahalanobis: half the gradient", RADIUS, "m_y / one_where(", "0.5 * m_y / one_where(", verbs("Mahalanobis")
+    ),
+    Mutant("Cosine: sign of q-hat", RADIUS, "(h_r - q_hat)", "(h_r + q_hat)", verbs("Cosine")),
+    Mutant("Cosine: sign of d(ln r)/dz", RADIUS, "to_z = -(h_r + z_hat)", "to_z = (h_r + z_hat)", verbs("Cosine")),
+    Mutant("Cosine: h / r halved", RADIUS, "h_r = 2 * direction", "h_r = direction", verbs("Cosine")),
+    Mutant(
+        "Cosine: |z| for |q|",
+        RADIUS,
+        "safe_inverse(lib, q_length, q_scale)",
+        "safe_inverse(lib, z_length, z_scale)",
+        verbs("Cosine"),
+    ),
+    Mutant(
+        "Cosine: parallel vectors forgotten",
+        RADIUS,
+        "zero_rows(lib, undefined, to_q), zero_rows(lib, undefined, to_z)",
+        "to_q, to_z",
+        "test_estimators.py straight_through and numpy and Cosine",
+    ),
+    Mutant(
+        "CustomRadius: gradients swapped",
+        RADIUS,
+        "to_q, to_z = self.log_r_gradients(q, z)",
+        "to_z, to_q = self.log_r_gradients(q, z)",
+        verbs("CustomRadius"),
+    ),
+    Mutant(
+        "CustomRadius: r = 0 forgotten",
+        RADIUS,
+        "zero_rows(lib, zero, to_q), zero_rows(lib, zero, to_z)\n",
+        "to_q, to_z\n",
+        "test_radius.py zero_where_rho_is and torch",
+    ),
+    Mutant(
+        "torch: gradients of a custom radius swapped",
+        TORCH,
+        "return to_q, to_z",
+        "return to_z, to_q",
+        bound("callable", "torch"),
+    ),
+    Mutant(
+        "JAX: gradients of a custom radius swapped",
+        JAX,
+        "return to_q, to_z",
+        "return to_z, to_q",
+        bound("callable", "jax"),
+    ),
+    # Lengths, directions and their zeros
+    Mutant(
+        "polar: u has a derivative at zero",
+        ARRAY,
+        "zero_rows(lib, zero, y / length)",
+        "y / length",
+        second("DiVeQDetach"),
+    ),
+    Mutant(
+        "polar: the root sees zero",
+        ARRAY,
+        "lib.xp.sqrt(one_where(lib, zero, squared))",
+        "lib.xp.sqrt(squared)",
+        second("DiVeQDetach"),
+    ),
+    Mutant(
+        "polar: the scale is not taken back",
+        ARRAY,
+        "zero_rows(lib, zero, length / scale)",
+        "zero_rows(lib, zero, length)",
+        "test_estimators.py extreme and numpy and NSVQ",
+    ),
+    Mutant(
+        "row_scale: small rows stay small",
+        ARRAY,
+        "xp.where(small, one * 2.0**half_range,",
+        "xp.where(small, one,",
+        "test_estimators.py extreme and numpy and DiVeQDetach",
+    ),
+    Mutant(
+        "row_scale: large rows stay large",
+        ARRAY,
+        "xp.where(large, one * 2.0**-half_range, one)",
+        "one",
+        "test_estimators.py extreme and numpy and DiVeQDetach",
+    ),
+    Mutant(
+        "row_scale: no power of two",
+        ARRAY,
+        "half_range = 80.0 if",
+        "half_range = 80.5 if",
+        "test_identities.py power_of_two_is_exact_elsewhere and strict",
+    ),
+    Mutant("safe_log: the logarithm sees zero", ARRAY, "log(one_where(lib, r == 0, r))", "log(r)", second("Power")),
+    Mutant(
+        "safe_inverse: infinite in third order",
+        ARRAY,
+        "1 / one_where(lib, length == 0, xp.where(length < floor, floor, length))",
+        "1 / xp.where(length < floor, floor, length)",
+        "test_second_order.py nan_at_zero and torch and Power",
+    ),
+    Mutant(
+        "second order: squares of lengths in the open",
+        ARRAY,
+        "return row_scale(lib, x) if lib.records(x) else 1.0",
+        "return 1.0",
+        "test_second_order.py extreme and (Power or Cosine)",
+    ),
+    # Codewords and their sums
+    Mutant(
+        "rule: all cotangents to codeword 0",
+        RULE,
+        "lib.segment_add(g_codebook, g_q, indices)",
+        "lib.segment_add(g_codebook, g_q, indices * 0)",
+        verbs("DiVeQ"),
+    ),
+    Mutant(
+        "rule: noise lost in the pullback",
+        RULE,
+        "q, compute(noise), compute(g))",
+        "q, compute(g), compute(g))",
+        verbs("DiVeQ or NSVQ"),
+    ),
+    Mutant(
+        "rule: the tangent of codeword 0 for all",
+        RULE,
+        "lib.take_rows(dcodebook, indices)",
+        "lib.take_rows(dcodebook, indices * 0)",
+        verbs("DiVeQ"),
+    ),
+    Mutant(
+        "rule: g_z in the dtype of computation", RULE, "return lib.astype(g_z, z.dtype)", "return g_z", verbs("DiVeQ")
+    ),
+    Mutant(
+        "rule: g_codebook in the dtype of computation",
+        RULE,
+        "return g_z, lib.astype(g_codebook, codebook.dtype)",
+        "return g_z, g_codebook",
+        verbs("DiVeQ"),
+    ),
+    Mutant(
+        "rule: half precision throughout",
+        RULE,
+        "dtype = lib.compute_dtype(lib.result_dtype(z, codebook))",
+        "dtype = lib.result_dtype(z, codebook)",
+        verbs("DiVeQ or Power"),
+    ),
+    Mutant(
+        "float64 computed in float32",
+        "diveq_core/backend.py",
+        'self.xp.float64 if dtype == getattr(self.xp, "float64", None) else self.xp.float32',
+        "self.xp.float32",
+        verbs("DiVeQ or Power"),
+    ),
+    Mutant(
+        "torch: mixed dtypes give that of z",
+        TORCH,
+        "return torch.promote_types(a.dtype, b.dtype)",
+        "return a.dtype",
+        "test_estimators.py mixed_dtypes and torch",
+    ),
+    Mutant(
+        "standard: segments at and above",
+        "diveq_core/segments.py",
+        "xp.expand_dims(numbers, axis=1) == xp",
+        "xp.expand_dims(numbers, axis=1) >= xp",
+        verbs("DiVeQ", "strict"),
+    ),
+    Mutant(
+        "standard: only the last chunk of a segment sum",
+        "diveq_core/segments.py",
+        "total = total + lib.matmul",
+        "total = lib.matmul",
+        "test_segments.py strict",
+    ),
+    Mutant(
+        "NumPy: repeated indices lost",
+        NUMPY,
+        "np.add.at(total.reshape(-1), entries.reshape(-1), values.reshape(-1))",
+        "total.reshape(-1)[entries.reshape(-1)] += values.reshape(-1)",
+        verbs("DiVeQ"),
+    ),
+    Mutant("NumPy: direction of any length", NUMPY, "return rho, x / rho", "return rho, x", verbs("DiVeQ")),
+    Mutant(
+        "torch: repeated indices lost",
+        TORCH,
+        "total.index_add_(0, segments, values)",
+        "total.index_copy_(0, segments, values)",
+        verbs("DiVeQ", "torch"),
+    ),
+    Mutant(
+        "torch: repeated indices lost where recorded",
+        TORCH,
+        ".index_add(0, kept, values)",
+        ".index_copy(0, kept, values)",
+        second("DiVeQ"),
+    ),
+    Mutant("torch: direction of any length", TORCH, "return rho, x / rho", "return rho, x", verbs("DiVeQ", "torch")),
+    Mutant(
+        "JAX: repeated indices lost",
+        JAX,
+        'total.at[segments].add(values, mode="drop"',
+        'total.at[segments].set(values, mode="drop"',
+        bound("DiVeQ", "jax"),
+    ),
+    # Bindings
+    Mutant(
+        "torch: backward is straight-through",
+        TORCH_BIND,
+        "return None, g_z, g_codebook, None, None",
+        "return None, g, g_codebook, None, None",
+        bound("DiVeQ", "torch"),
+    ),
+    Mutant(
+        "torch: sign of the codebook's gradient",
+        TORCH_BIND,
+        "return None, g_z, g_codebook, None, None",
+        "return None, g_z, -g_codebook, None, None",
+        bound("DiVeQ", "torch"),
+    ),
+    Mutant(
+        "torch: pushforward forgets the codebook",
+        TORCH_BIND,
+        "indices, noise, dz, dcodebook)",
+        "indices, noise, dz, torch.zeros_like(codebook))",
+        "test_estimators.py pushes_forward and torch and DiVeQ",
+    ),
+    Mutant(
+        "torch: pushforward of z alone missing",
+        TORCH_BIND,
+        "dz = torch.zeros_like(z) if dz is None else dz",
+        "dz = torch.zeros_like(z)",
+        "test_estimators.py pushes_forward and torch and DiVeQ",
+    ),
+    Mutant(
+        "JAX: sign of the pullback",
+        JAX_BIND,
+        "ad.instantiate_zeros(g))\n    wanted",
+        "-ad.instantiate_zeros(g))\n    wanted",
+        bound("DiVeQ", "jax"),
+    ),
+    Mutant(
+        "JAX: the pushforward's residuals held constant",
+        JAX_BIND,
+        "return out, moved + pushforward_p",
+        "return out, pushforward_p",
+        "test_second_order.py jax_hessian",
+    ),
+    Mutant(
+        "JAX: the pushforward's tangents held constant",
+        JAX_BIND,
+        "return out, moved + pushforward_p.bind(*residuals, ddz, ddcodebook, rule=rule)",
+        "return out, moved",
+        "test_second_order.py jax_hessian",
+    ),
+    Mutant(
+        "JAX: pushforward of the codebook by that of z",
+        JAX_BIND,
+        "noise[0] if noise else None, dz, dcodebook)",
+        "noise[0] if noise else None, dz, 0 * dcodebook)",
+        "test_estimators.py pushes_forward and jax and DiVeQ",
+    ),
+)
+
+
+def text_of(mutant: Mutant) -> str:
+    return (ROOT / mutant.file).read_text(encoding="utf-8")
+
+
+def run(mutant: Mutant | None, tests: str) -> dict:
+    """The report of pytest on a copy of the project, with the mutant if there is one."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder)
+        ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
+        for name in ("diveq_core", "backends", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        (copy / "mutant_report.py").write_text(PLUGIN, encoding="utf-8")
+        if mutant is not None:
+            text = text_of(mutant).replace(mutant.old, mutant.new)
+            (copy / mutant.file).write_text(text, encoding="utf-8")
+        file, expression = tests.split(" ", 1)
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(copy), str(copy / "backends")]),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HYPOTHESIS_PROFILE": "mutants",
+            "MUTANT_REPORT": str(copy / "report.json"),
+        }
+        command = [sys.executable, "-m", "pytest", "-p", "mutant_report", "-p", "no:cacheprovider", "-x", "-q"]
+        command += ["--tb=no", f"tests/{file}", "-k", expression]
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        report = copy / "report.json"
+        if not report.exists():
+            return {"status": -1, "collected": 0, "failures": [], "output": done.stdout[-500:] + done.stderr[-500:]}
+        return json.loads(report.read_text(encoding="utf-8"))
+
+
+def verdict(mutant: Mutant) -> tuple[bool, str]:
+    """Whether the tests caught it, and how."""
+    report = run(mutant, mutant.tests)
+    if not report["failures"]:
+        return False, "MISSED " + report.get("output", f"{report['collected']} tests pass")
+    failure = report["failures"][0]
+    if failure["when"] != "call" or failure["error"] in NOT_MATHEMATICS:
+        return False, f"NOT RUN: {failure['when']} {failure['error']} {failure['test']}"
+    return True, f"{failure['error']} in {failure['test'].split('::')[-1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="mutants to try at a time")
+    parser.add_argument("--only", default="", help="only mutants whose name contains this")
+    options = parser.parse_args(arguments)
+    mutants = [mutant for mutant in MUTANTS if options.only in mutant.what]
+    for mutant in mutants:
+        count = text_of(mutant).count(mutant.old)
+        if count != 1:
+            print(f"{mutant.what}: the text to replace occurs {count} times in {mutant.file}, expected once")
+            return 1
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # Starting takes most of the time, so what is expected to pass runs together.
+        selections: dict[str, set[str]] = {}
+        for mutant in mutants:
+            file, expression = mutant.tests.split(" ", 1)
+            selections.setdefault(file, set()).add(expression)
+        together = [f"{file} {' or '.join(f'({e})' for e in sorted(chosen))}" for file, chosen in selections.items()]
+        for tests, report in zip(together, pool.map(lambda tests: run(None, tests), together), strict=True):
+            if report["status"] != 0:
+                print(f"not green without a mutant: {tests}: {report}")
+                return 1
+            print(f"green without a mutant: {report['collected']} tests of {tests.split()[0]}", flush=True)
+        caught = 0
+        for mutant, (good, how) in zip(mutants, pool.map(verdict, mutants), strict=True):
+            caught += good
+            print(f"{'caught' if good else 'MISSED':7} {mutant.what:50} {how}", flush=True)
+    print(f"caught {caught}/{len(mutants)}")
+    return 0 if caught == len(mutants) and mutants else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
