@@ -9,7 +9,7 @@ import typer
 
 from diveq_core.bench.settings import BenchError
 from diveq_core.bench.settings import Settings as BenchSettings
-from diveq_core.compare.recipes import RECIPES
+from diveq_core.compare.recipes import DEFAULT, RECIPES
 from diveq_core.compare.settings import CompareError, Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -28,7 +28,10 @@ def compare_command(
     ] = None,
     backend: Annotated[str, typer.Option(help="Array library: numpy, torch, jax or cupy.")] = "numpy",
     estimators: Annotated[
-        list[str] | None, typer.Option(help=f"Repeated or separated by commas; all by default: {', '.join(RECIPES)}.")
+        list[str] | None,
+        typer.Option(
+            help=f"Repeated or separated by commas, or all: {', '.join(RECIPES)}. The first {len(DEFAULT)} by default."
+        ),
     ] = None,
     codewords: Annotated[int, typer.Option(help="Codewords in the codebook, K.")] = Settings.codewords,
     dim: Annotated[int, typer.Option(help="Dimension of a codeword, D.")] = Settings.dim,
@@ -39,6 +42,8 @@ def compare_command(
     seeds: Annotated[int, typer.Option(help="Repetitions.")] = Settings.seeds,
     seed: Annotated[int, typer.Option(help="First seed.")] = Settings.seed,
     learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = Settings.learning_rate,
+    replace: Annotated[bool, typer.Option(help="Replace unused codewords.")] = Settings.replace,
+    replace_every: Annotated[int, typer.Option(help="Steps between replacements.")] = Settings.replace_every,
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("compare.png"),
     json: Annotated[Path | None, typer.Option(help="Also write the table and the loss curves as data.")] = None,
 ) -> None:
@@ -57,6 +62,8 @@ def compare_command(
             seeds=seeds,
             seed=seed,
             learning_rate=learning_rate,
+            replace=replace,
+            replace_every=replace_every,
         )
         compare(settings, backend, data, out, json)
     except CompareError as error:

@@ -15,13 +15,16 @@ from typer.testing import CliRunner
 
 from conftest import library_named
 from diveq_core.cli import app
-from diveq_core.compare.adam import no_moments
+from diveq_core.compare.adam import Moments, no_moments
 from diveq_core.compare.command import check_output
 from diveq_core.compare.images import load_images
 from diveq_core.compare.libraries import load_library
 from diveq_core.compare.patches import Patches
-from diveq_core.compare.recipes import RECIPES
+from diveq_core.compare.quantizers import tour
+from diveq_core.compare.recipes import DEFAULT, RECIPES
+from diveq_core.compare.replacement import noise_shape, replace
 from diveq_core.compare.report import mean_and_spread
+from diveq_core.compare.scalar import chosen_levels
 from diveq_core.compare.settings import CompareError, Settings
 from diveq_core.compare.training import Experiment, training_step
 
@@ -51,8 +54,8 @@ def test_default_recipes(photograph, tmp_path):
     out, data = tmp_path / "a.png", tmp_path / "a.json"
     result = invoke("--data", photograph, *SMALL, "--out", out, "--json", data)
     assert result.exit_code == 0, result.output
-    for recipe in RECIPES.values():
-        assert recipe.label in result.stdout
+    for name in DEFAULT:
+        assert RECIPES[name].label in result.stdout
     assert "±" in result.stdout
     assert "seeds 0, 1" in result.stdout
     assert f"Picture: {out}" in result.stdout
@@ -65,7 +68,7 @@ def test_default_recipes(photograph, tmp_path):
         assert 0.4 < picture.height / picture.width < 0.8
 
     rows = figures(data)
-    assert list(rows) == list(RECIPES)
+    assert list(rows) == list(DEFAULT)
     for name, row in rows.items():
         np.testing.assert_allclose(row["psnr"], -10 * np.log10(row["mse"]), rtol=1e-12)
         assert [point[0] for point in row["curves"][0]] == [0, 1, 2, 3, 4, 5, 6]
@@ -85,21 +88,27 @@ def test_same_table_in_every_library(photograph, tmp_path, name):
     lies that close to the border between two codewords; the perplexity alone is computed in float32.
     """
     library_named(name)
+    agree(photograph, tmp_path, name, ["--steps", 25])
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("torch", "ema,linear,sf-diveq,residual,product,fsq,gumbel"), ("jax", "ema,sf-diveq-detach")]
+)
+def test_same_table_in_every_library_of_other_quantizers(photograph, tmp_path, name, chosen):
+    """With replacement; the tolerances are those above. JAX compiles each recipe for seconds, so there are fewer."""
+    library_named(name)
+    arguments = ["--steps", 8, "--seeds", 1, "--dim", 4, "--estimators", chosen, "--replace", "--replace-every", 3]
+    agree(photograph, tmp_path, name, arguments)
+
+
+def agree(photograph, tmp_path, name, arguments):
+    """Compare the data of the same run in NumPy and in a library."""
     tables = {}
     for backend in ("numpy", name):
         data = tmp_path / f"{backend}.json"
         result = invoke(
-            "--data",
-            photograph,
-            "--backend",
-            backend,
-            *SMALL,
-            "--steps",
-            25,
-            "--out",
-            tmp_path / "a.png",
-            "--json",
-            data,
+            *("--data", photograph, "--backend", backend, *SMALL, *arguments, "--out", tmp_path / "a.png"),
+            *("--json", data),
         )
         assert result.exit_code == 0, result.output
         tables[backend] = figures(data)
@@ -136,7 +145,7 @@ def test_bare_straight_through_leaves_the_codebook_untrained(photograph, name, t
     moments, rng = no_moments(parameters), np.random.default_rng(0)
     for _ in range(3):
         x, noise = experiment.patches.sample(rng, 16), rng.standard_normal((16, 3))
-        parameters, moments, _ = training_step(parameters, moments, x, noise, 1e-2, RECIPES[name])
+        parameters, moments, *_ = training_step(parameters, moments, x, {"normal": noise}, 1e-2, RECIPES[name])
     assert np.array_equal(parameters["codebook"], before["codebook"]) != trained
     assert not np.array_equal(parameters["encoder.weight_1"], before["encoder.weight_1"])
     assert experiment.start(0) is before
@@ -168,8 +177,11 @@ def test_grey_data_one_estimator_one_codeword(tmp_path):
         (["--seed", "-1"], "--seed must be an integer >= 0, got -1"),
         (["--learning-rate", "nan"], "--learning-rate must be a finite number > 0, got nan"),
         (["--learning-rate", "0"], "--learning-rate must be a finite number > 0, got 0.0"),
-        (["--estimators", "diveq,vqvae"], "--estimators must be among unquantized, vq-vae, ste,"),
+        (["--estimators", "diveq,vqvae"], "--estimators must be among all, unquantized, vq-vae, ste,"),
         (["--estimators", ","], "--estimators must name at least one of unquantized"),
+        (["--estimators", "product"], "--dim must be even for product quantization, got 3 (--estimators product)"),
+        (["--estimators", "sf-diveq", "--codewords", "1"], "--codewords must be at least 2 for a space-filling curve"),
+        (["--replace-every", "0"], "--replace-every must be an integer >= 1, got 0"),
         (["--backend", "tensorflow"], "--backend must be one of numpy, torch, jax, cupy, got 'tensorflow'"),
         (["--codewords", "100000"], "--codewords must be at most the number of training patches, 1221, got 100000"),
         (["--patch", "40"], "80 x 40 pixels (--patch 40), got 48 x 40"),
@@ -233,6 +245,70 @@ def test_settings_choose_estimators_once_and_in_order():
     assert Settings(estimators=("nsvq, ste", "NSVQ")).estimators == ("nsvq", "ste")
     with pytest.raises(CompareError, match=r"--dim must be an integer >= 1, got 2\.5"):
         Settings(dim=2.5)
+
+
+def test_all_recipes(photograph, tmp_path):
+    out, data = tmp_path / "a.png", tmp_path / "a.json"
+    arguments = ("--dim", 4, "--codewords", 16, "--seeds", 1, "--estimators", "all", "--out", out, "--json", data)
+    result = invoke("--data", photograph, *SMALL, *arguments)
+    assert result.exit_code == 0, result.output
+    rows = figures(data)
+    assert list(rows) == list(RECIPES)
+    for name, row in rows.items():
+        assert RECIPES[name].label in result.stdout
+        assert row["mse"][0] < 1
+        codes = 15 if name.startswith("sf-") else 16
+        assert row["bits"] == [None if name == "unquantized" else np.log2(codes)]
+        assert row["real_number_too"] == name.startswith("sf-")
+    assert "3.9 + t" in result.stdout
+    assert "t: and a position on the segment" in result.stdout
+
+
+def test_replacement_of_a_codeword_that_is_far_away():
+    """It comes near a used one, and neither Adam nor the moving averages remember it."""
+    rng = np.random.default_rng(0)
+    for name in ("vq-vae", "ema", "linear", "residual", "product", "sf-diveq", "gumbel"):
+        quantizer = RECIPES[name].sized(4, 2).quantizer
+        parameters = quantizer.start(rng.random((4, 2)))
+        words = parameters[quantizer.words]
+        last = (*(0,) * (words.ndim - 2), -1)
+        words[last] = 100.0
+        memory = {key: np.ones_like(x) for key, x in parameters.items()}
+        counts = np.full(words.shape[:-1], 5)
+        counts[last] = 0
+        noise = rng.standard_normal(noise_shape(parameters, quantizer))
+        moments = Moments(memory, dict(memory), (np.ones(()), np.ones(())))
+        new, moments = replace(parameters, moments, counts, noise, quantizer)
+        rows = counts > 0
+        assert np.abs(new[quantizer.words][last]).max() < 2
+        np.testing.assert_array_equal(new[quantizer.words][rows], words[rows])
+        for kept in (moments.first, moments.second):
+            np.testing.assert_array_equal(kept[quantizer.words], np.broadcast_to(rows[..., None], words.shape))
+        if name == "ema":
+            np.testing.assert_array_equal(new["ema.counts"], [1, 1, 1, 0])
+
+
+def test_replacement_of_nothing_changes_nothing(photograph, tmp_path):
+    """Codewords used by every batch stay, so the table is the same with replacement and without."""
+    tables = []
+    for option in ("--no-replace", "--replace"):
+        data = tmp_path / "a.json"
+        arguments = ("--codewords", 1, "--estimators", "vq-vae,diveq,fsq", "--replace-every", 2, "--json", data)
+        result = invoke("--data", photograph, *SMALL, option, *arguments, "--out", tmp_path / "a.png")
+        assert result.exit_code == 0, result.output
+        tables.append({name: row["curves"] for name, row in figures(data).items()})
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize(("codewords", "codes"), [(8, 8), (16, 16), (240, 240), (256, 256), (1024, 1024)])
+def test_levels_make_as_many_codes(codewords, codes):
+    levels = chosen_levels(codewords, 8)
+    assert np.prod(levels) == codes
+    assert min(levels) >= 3
+
+
+def test_tour_visits_all_and_the_nearest_next():
+    np.testing.assert_array_equal(tour(np.array([[0.0], [5.0], [1.0], [7.0], [2.0]])), [0, 2, 4, 1, 3])
 
 
 def test_mean_and_spread():

@@ -5,17 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import diveq_core as dq
 from diveq_core.compare.adam import adam, no_moments
-from diveq_core.compare.autoencoder import (
-    affine,
-    initial_parameters,
-    loss_and_gradients,
-    perceptron,
-    reconstruct,
-    relu,
-)
+from diveq_core.compare.autoencoder import initial_parameters, loss_and_gradients, reconstruct
+from diveq_core.compare.layers import affine, perceptron, relu
 from diveq_core.compare.losses import codebook_loss, commitment_loss, squared_error
-from diveq_core.compare.recipes import RECIPES
+from diveq_core.compare.recipes import DEFAULT, RECIPES
 from diveq_core.quantize import lookup, nearest
 
 N, P, WIDTH, D, K = 12, 6, 5, 3, 4
@@ -120,13 +115,13 @@ def torch_output(torch, name, z, q, noise):
     }[name]()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", DEFAULT)
 def test_whole_step(torch, rng, parameters, name):
     recipe = RECIPES[name]
-    if recipe.estimator is None:
+    if recipe.quantizer is None:
         del parameters["codebook"]
     x, noise = rng.standard_normal((N, P)), rng.standard_normal((N, D))
-    loss, gradients = loss_and_gradients(parameters, x, noise, recipe)
+    loss, gradients, *_ = loss_and_gradients(parameters, x, {"normal": noise}, recipe)
 
     own = dict(zip(parameters, leaves(torch, *parameters.values()), strict=True))
 
@@ -136,7 +131,7 @@ def test_whole_step(torch, rng, parameters, name):
 
     z = layers("encoder", torch.tensor(x))
     auxiliary = q = torch.zeros(())
-    if recipe.estimator is not None:
+    if recipe.quantizer is not None:
         q = own["codebook"][torch.cdist(z, own["codebook"]).argmin(dim=1)]
         auxiliary = recipe.codebook_weight * torch.mean((q - z.detach()) ** 2)
         auxiliary = auxiliary + recipe.commitment_weight * torch.mean((z - q.detach()) ** 2)
@@ -153,15 +148,80 @@ def test_whole_step(torch, rng, parameters, name):
     assert name == "unquantized" or np.any(gradients["codebook"]) == (name != "ste")
 
 
+def torch_quantized(torch, name, quantizer, own, z, noise):
+    """The other quantizers by the library's own verbs under torch's autograd, and the losses beside."""
+    auxiliary = torch.zeros(())
+    if name == "fsq":
+        few = z @ own["fsq.weight_in"] + own["fsq.bias_in"]
+        return dq.fsq(few, quantizer.levels).z_q @ own["fsq.weight_out"] + own["fsq.bias_out"], auxiliary
+    if name == "gumbel":
+        words = own["codebook"]
+        logits = -torch.exp(own["gumbel.log_scale"]) * torch.sum((z[:, None] - words) ** 2, dim=2)
+        return dq.gumbel_quantize(logits, words, quantizer.gumbel, noise=noise["gumbel"]).z_q, auxiliary
+    codebook = dq.linear_codebook(own["frozen"].detach(), own["weight"]) if name == "linear" else own["codebook"]
+    estimator, drawn = quantizer.estimator, noise.get("normal")
+    if name in ("residual", "product"):
+        estimator = dq.Residual(estimator, 2) if name == "residual" else dq.Product(estimator, 2)
+    if name.startswith("sf-"):
+        drawn = dq.CurveNoise(noise["dither"], noise.get("ends"))
+    out = dq.quantize(z, codebook.detach() if name == "ema" else codebook, estimator, noise=drawn)
+    recipe = RECIPES[name]
+    if recipe.commitment_weight:
+        q = codebook[out.indices]
+        auxiliary = recipe.commitment_weight * torch.mean((z - q.detach()) ** 2)
+        auxiliary = auxiliary + recipe.codebook_weight * torch.mean((q - z.detach()) ** 2)
+    return out.z_q, auxiliary
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in DEFAULT])
+def test_whole_step_of_other_quantizers(torch, rng, name):
+    dim = 4
+    recipe = RECIPES[name].sized(9, dim)
+    parameters = initial_parameters(rng, P, WIDTH, dim) | recipe.quantizer.start(rng.standard_normal((9, dim)))
+    x, noise = rng.standard_normal((N, P)), recipe.quantizer.draw(rng, N, 9, dim)
+    out = loss_and_gradients(parameters, x, noise, recipe)
+
+    own = dict(zip(parameters, leaves(torch, *parameters.values()), strict=True))
+
+    def layers(part, h):
+        h = torch.relu(h @ own[f"{part}.weight_1"] + own[f"{part}.bias_1"])
+        return h @ own[f"{part}.weight_2"] + own[f"{part}.bias_2"]
+
+    z = layers("encoder", torch.tensor(x))
+    drawn = {key: torch.tensor(value) for key, value in noise.items()}
+    z_q, auxiliary = torch_quantized(torch, name, recipe.quantizer, own, z, drawn)
+    expected = torch.mean((layers("decoder", z_q) - torch.tensor(x)) ** 2)
+    auto = torch.autograd.grad(expected + auxiliary, list(own.values()), allow_unused=True)
+
+    np.testing.assert_allclose(out.loss, expected.item(), **ROUNDING)
+    for key, gradient in zip(own, auto, strict=True):
+        if gradient is None or (name == "ema" and key == "codebook"):
+            assert key not in out.gradients or not np.any(out.gradients[key])
+        else:
+            np.testing.assert_allclose(out.gradients[key], gradient.numpy(), **ROUNDING, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["residual", "product"])
+def test_composed_codes_are_hard(rng, name):
+    """What evaluation decodes is the composite's codewords, without the noise of training."""
+    quantizer = RECIPES[name].sized(9, 4).quantizer
+    parameters, z = quantizer.start(rng.standard_normal((9, 4))), rng.standard_normal((N, 4))
+    q, codes = quantizer.hard(parameters, z)
+    indices = np.stack(np.divmod(codes, 3), axis=1)
+    composite = quantizer.composite(dq.STE())
+    np.testing.assert_array_equal(q, dq.decode(indices, parameters["codebook"], composite))
+    np.testing.assert_array_equal(indices, dq.quantize(z, parameters["codebook"], composite).indices)
+
+
 def test_unquantized_step_by_finite_differences(rng, parameters):
     del parameters["codebook"]
     recipe, x, h = RECIPES["unquantized"], rng.standard_normal((N, P)), 1e-6
-    _, gradients = loss_and_gradients(parameters, x, None, recipe)
+    _, gradients, *_ = loss_and_gradients(parameters, x, {}, recipe)
     for name, value in parameters.items():
         direction = rng.standard_normal(value.shape)
 
         def moved(by, name=name, value=value, direction=direction):
-            return loss_and_gradients(parameters | {name: value + by * direction}, x, None, recipe)[0]
+            return loss_and_gradients(parameters | {name: value + by * direction}, x, {}, recipe).loss
 
         # A central difference of step 1e-6 errs by 1e-12 in theory and 1e-10 by rounding.
         np.testing.assert_allclose(
@@ -172,8 +232,8 @@ def test_unquantized_step_by_finite_differences(rng, parameters):
 def test_reconstruction_goes_through_the_hard_codewords(rng, parameters):
     x = rng.standard_normal((N, P))
     out = reconstruct(parameters, x, RECIPES["nsvq"])
-    np.testing.assert_array_equal(out.indices, nearest(out.z, parameters["codebook"]))
-    np.testing.assert_array_equal(out.q, lookup(out.indices, parameters["codebook"]))
+    np.testing.assert_array_equal(out.codes, nearest(out.z, parameters["codebook"]))
+    np.testing.assert_array_equal(out.q, lookup(out.codes, parameters["codebook"]))
     np.testing.assert_array_equal(out.y, perceptron(parameters, "decoder", out.q)[0])
 
 

@@ -41,7 +41,7 @@ def adam(
     Parameters
     ----------
     parameters, gradients : dict of array
-        With the same keys.
+        A parameter without a gradient keeps its value.
     moments : Moments
         From `no_moments` or the step before.
     rate : float
@@ -58,11 +58,10 @@ def adam(
     """
     xp = array_namespace(*parameters.values())
     decay_1, decay_2 = moments.decay[0] * BETA_1, moments.decay[1] * BETA_2
-    updated, first, second = {}, {}, {}
-    for name, theta in parameters.items():
-        g = gradients[name]
+    updated, first, second = dict(parameters), dict(moments.first), dict(moments.second)
+    for name, g in gradients.items():
         m = BETA_1 * moments.first[name] + (1 - BETA_1) * g
         v = BETA_2 * moments.second[name] + (1 - BETA_2) * (g * g)
-        updated[name] = theta - rate * (m / (1 - decay_1)) / (xp.sqrt(v / (1 - decay_2)) + EPSILON)
+        updated[name] = parameters[name] - rate * (m / (1 - decay_1)) / (xp.sqrt(v / (1 - decay_2)) + EPSILON)
         first[name], second[name] = m, v
     return updated, Moments(first, second, (decay_1, decay_2))

@@ -81,8 +81,15 @@ def describe(patches: Patches, library: Library, settings: Settings) -> str:
         f"K = {settings.codewords} codewords of dimension D = {settings.dim}\n"
         f"Training: {settings.warmup} steps without quantizer, {settings.steps} with, batches of {settings.batch}, "
         f"Adam from {settings.learning_rate:g}, seeds {', '.join(map(str, seeds))}\n"
+        f"{_replacement(settings)}\n"
         f"Library: {library.name} {library.version}, float64, {library.device}"
     )
+
+
+def _replacement(settings: Settings) -> str:
+    if settings.replace:
+        return f"Replacement: of unused codewords every {settings.replace_every} steps"
+    return "Replacement: none"
 
 
 def train_all(experiment: Experiment, settings: Settings) -> dict[str, list[Run]]:

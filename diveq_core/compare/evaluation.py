@@ -1,4 +1,4 @@
-"""How good a trained autoencoder is on patches it has not seen, through the hard codewords."""
+"""How good a trained autoencoder is on patches it has not seen, through the codes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from array_api_compat import array_namespace
 
-from diveq_core.compare.autoencoder import Arrays, reconstruct
+from diveq_core.compare.autoencoder import reconstruct
 from diveq_core.diagnostics import perplexity, positive_share, usage, used_share
 
 if TYPE_CHECKING:
     from diveq_core.compare.libraries import Library
     from diveq_core.compare.patches import Patches
+    from diveq_core.compare.quantizers import Arrays
     from diveq_core.compare.recipes import Recipe
 
 CURVE_PATCHES = 1024
@@ -33,13 +34,18 @@ class Scores:
     perplexity: float | None
     used_share: float | None
     positive_share: float | None
-    """Share of vectors with <g, q - z> > 0, g the reconstruction loss's gradient at the hard codeword."""
+    """Share of vectors with <g, q - z> > 0, g the reconstruction loss's gradient at q."""
 
     counts: np.ndarray | None
-    """How many held-out patches chose each codeword, (K,)."""
+    """How many held-out patches got each code."""
 
     patches: np.ndarray
     """Reconstructed patches, standardized, (M, P)."""
+
+    @property
+    def bits(self) -> float | None:
+        """Bits of a code, the logarithm of the number of codes."""
+        return None if self.counts is None else math.log2(len(self.counts))
 
     @property
     def psnr(self) -> float:
@@ -70,11 +76,11 @@ def evaluate(parameters: Arrays, recipe: Recipe, patches: Patches, library: Libr
     ]
     y = np.concatenate([library.numpy(chunk.y) for chunk in chunks])
     error = pixel_error(y, x, patches)
-    if recipe.estimator is None:
+    if recipe.quantizer is None:
         return Scores(error, None, None, None, None, y)
     xp = array_namespace(chunks[0].z)
-    z, q, g, indices = (xp.concat([getattr(chunk, name) for chunk in chunks]) for name in ("z", "q", "g", "indices"))
-    counts = usage(indices, parameters["codebook"].shape[0])
+    z, q, g, codes = (xp.concat([getattr(chunk, name) for chunk in chunks]) for name in ("z", "q", "g", "codes"))
+    counts = usage(codes, recipe.quantizer.codes(parameters))
     return Scores(
         error,
         float(perplexity(counts)),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diveq_core.compare.training import Run
 
 FIGURES: dict[str, Callable[[Run], float | None]] = {
+    "bits": lambda run: run.scores.bits,
     "mse": lambda run: run.scores.error,
     "psnr": lambda run: run.scores.psnr,
     "perplexity": lambda run: run.scores.perplexity,
@@ -32,7 +33,7 @@ _COLUMNS: dict[str, tuple[str, float, str]] = {
     "mse": ("MSE × 10³", 1e3, ".2f"),
     "psnr": ("PSNR (dB)", 1.0, ".2f"),
     "perplexity": ("perplexity", 1.0, ".1f"),
-    "used_share": ("codewords used", 100.0, ".1f"),
+    "used_share": ("codes used", 100.0, ".1f"),
     "positive_share": ("⟨g, q - z⟩ > 0", 100.0, ".1f"),
     "seconds": ("seconds", 1.0, ".1f"),
 }
@@ -46,22 +47,34 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 def table(runs: dict[str, list[Run]]) -> Table:
     """One row per recipe, mean ± sample standard deviation over seeds."""
-    out = Table(title="Held-out patches, through the hard codewords", title_justify="left", header_style="bold")
+    out = Table(title="Held-out patches, through their codes", title_justify="left", header_style="bold")
     out.add_column("estimator", no_wrap=True)
+    out.add_column("bits", justify="left", no_wrap=True)
     for heading, _, _ in _COLUMNS.values():
         out.add_column(heading, justify="right", no_wrap=True)
     for name, row in runs.items():
-        out.add_row(RECIPES[name].label, *_cells(row))
+        out.add_row(RECIPES[name].label, *_cells(row, is_continuous(name)))
         if name == "unquantized":
             out.add_section()
+    if any(map(is_continuous, runs)):
+        out.caption = "bits of a code, per patch; t: and a position on the segment, a real number in [0, 1]"
+        out.caption_justify = "left"
     return out
 
 
-def _cells(row: list[Run]) -> list[str]:
+def is_continuous(name: str) -> bool:
+    """Whether a code of the recipe comes with a real number."""
+    quantizer = RECIPES[name].quantizer
+    return quantizer is not None and quantizer.continuous
+
+
+def _cells(row: list[Run], continuous: bool) -> list[str]:
+    bits = row[0].scores.bits
+    first = "—" if bits is None else f"{bits:.1f}" + (" + t" if continuous else "")
     diverged = sum(run.diverged for run in row)
     if diverged:
-        return [f"diverged ({diverged} of {len(row)})", *["—"] * (len(_COLUMNS) - 1)]
-    return [_cell([FIGURES[key](run) for run in row], *_COLUMNS[key][1:]) for key in _COLUMNS]
+        return [first, f"diverged ({diverged} of {len(row)})", *["—"] * (len(_COLUMNS) - 1)]
+    return [first, *(_cell([FIGURES[key](run) for run in row], *_COLUMNS[key][1:]) for key in _COLUMNS)]
 
 
 def _cell(values: list[float | None], factor: float, form: str) -> str:
@@ -85,7 +98,8 @@ def as_data(runs: dict[str, list[Run]], patches: Patches, library: Library, sett
             {
                 "name": name,
                 "label": RECIPES[name].label,
-                "estimator": None if RECIPES[name].estimator is None else repr(RECIPES[name].estimator),
+                "quantizer": None if RECIPES[name].quantizer is None else repr(RECIPES[name].quantizer),
+                "real_number_too": is_continuous(name),
                 "codebook_weight": RECIPES[name].codebook_weight,
                 "commitment_weight": RECIPES[name].commitment_weight,
                 "seeds": [run.seed for run in row],

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diveq_core.compare.recipes import RECIPES
+from diveq_core.compare.recipes import DEFAULT, RECIPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,7 +23,7 @@ class Settings:
     Parameters
     ----------
     estimators : tuple of str
-        Names from `diveq_core.compare.recipes.RECIPES`.
+        Names from `diveq_core.compare.recipes.RECIPES`, or "all".
     codewords, dim, patch : int
         Size K of the codebook, dimension D of a codeword, side of a patch in pixels.
     width : int
@@ -36,9 +36,13 @@ class Settings:
         Number of repetitions, and the first seed.
     learning_rate : float
         Adam's; it falls to zero along a half cosine once codewords exist.
+    replace : bool
+        Whether to replace unused codewords.
+    replace_every : int
+        After how many steps each.
     """
 
-    estimators: tuple[str, ...] = tuple(RECIPES)
+    estimators: tuple[str, ...] = DEFAULT
     codewords: int = 256
     dim: int = 8
     patch: int = 4
@@ -49,19 +53,26 @@ class Settings:
     seeds: int = 3
     seed: int = 0
     learning_rate: float = 2e-3
+    replace: bool = False
+    replace_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("codewords", "dim", "patch", "width", "steps", "batch", "seeds"):
+        for name in ("codewords", "dim", "patch", "width", "steps", "batch", "seeds", "replace_every"):
             _check_integer(name, getattr(self, name), 1)
         for name in ("warmup", "seed"):
             _check_integer(name, getattr(self, name), 0)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise CompareError(f"--learning-rate must be a finite number > 0, got {self.learning_rate}")
         object.__setattr__(self, "estimators", chosen_estimators(self.estimators))
+        for name in self.estimators:
+            try:
+                RECIPES[name].sized(self.codewords, self.dim)
+            except ValueError as error:
+                raise CompareError(f"{error} (--estimators {name})") from None
 
 
 def chosen_estimators(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of recipes in the order given, split at commas, each once.
+    """Names of recipes in the order given, split at commas, each once; "all" names every one.
 
     Raises
     ------
@@ -69,9 +80,10 @@ def chosen_estimators(names: Iterable[str]) -> tuple[str, ...]:
         If a name is unknown or none is given.
     """
     chosen = [name.strip().lower() for given in names for name in given.split(",") if name.strip()]
+    chosen = [each for name in chosen for each in (RECIPES if name == "all" else [name])]
     for name in chosen:
         if name not in RECIPES:
-            raise CompareError(f"--estimators must be among {', '.join(RECIPES)}, got {name!r}")
+            raise CompareError(f"--estimators must be among all, {', '.join(RECIPES)}, got {name!r}")
     if not chosen:
         raise CompareError(f"--estimators must name at least one of {', '.join(RECIPES)}, got none")
     return tuple(dict.fromkeys(chosen))
@@ -79,4 +91,4 @@ def chosen_estimators(names: Iterable[str]) -> tuple[str, ...]:
 
 def _check_integer(name: str, value: int, at_least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise CompareError(f"--{name} must be an integer >= {at_least}, got {value}")
+        raise CompareError(f"--{name.replace('_', '-')} must be an integer >= {at_least}, got {value}")

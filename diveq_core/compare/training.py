@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diveq_core.compare.adam import Moments, adam, no_moments
-from diveq_core.compare.autoencoder import Arrays, initial_parameters, loss_and_gradients, perceptron
+from diveq_core.compare.autoencoder import initial_parameters, loss_and_gradients
 from diveq_core.compare.evaluation import Scores, curve_error, evaluate
+from diveq_core.compare.layers import perceptron
 from diveq_core.compare.recipes import RECIPES, Recipe
+from diveq_core.compare.replacement import noise_shape, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from diveq_core._array import Array
     from diveq_core.compare.libraries import Library
     from diveq_core.compare.patches import Patches
+    from diveq_core.compare.quantizers import Arrays
     from diveq_core.compare.settings import Settings
 
 POINTS = 40
@@ -39,7 +42,7 @@ class Run:
     seed: int
     scores: Scores
     curve: list[tuple[int, float]]
-    """Step, and held-out mean squared error through the hard codewords."""
+    """Step, and held-out mean squared error through the codes."""
 
     seconds: float
     """Of training alone, evaluation not included."""
@@ -51,12 +54,16 @@ class Run:
 
 
 def training_step(
-    parameters: Arrays, moments: Moments, x: Array, noise: Array | None, rate: float, recipe: Recipe
-) -> tuple[Arrays, Moments, Array]:
-    """One step of Adam on one batch; a pure function."""
-    loss, gradients = loss_and_gradients(parameters, x, noise, recipe)
+    parameters: Arrays, moments: Moments, x: Array, noise: Arrays, rate: float, recipe: Recipe, counting: bool = False
+) -> tuple[Arrays, Moments, Array, Array | None]:
+    """One step of Adam on one batch; a pure function. Also the loss, and how often codewords were used if asked."""
+    quantizer = recipe.quantizer
+    loss, gradients, z, indices = loss_and_gradients(parameters, x, noise, recipe)
     parameters, moments = adam(parameters, gradients, moments, rate)
-    return parameters, moments, loss
+    if quantizer is None or indices is None:
+        return parameters, moments, loss, None
+    counts = quantizer.counts(parameters, indices) if counting else None
+    return quantizer.keep_up(parameters, z, indices), moments, loss, counts
 
 
 def half_cosine(step: int, steps: int) -> float:
@@ -72,14 +79,23 @@ class Experiment:
         self._starts: dict[int, dict[str, np.ndarray]] = {}
         self._steps: dict[str, Callable] = {}
 
+    def recipe(self, name: str) -> Recipe:
+        """The recipe, of as many codes as the settings ask for."""
+        return RECIPES[name].sized(self.settings.codewords, self.settings.dim)
+
+    def _replaces(self, recipe: Recipe) -> bool:
+        return self.settings.replace and recipe.quantizer is not None and bool(recipe.quantizer.words)
+
     def _step(self, name: str) -> Callable:
         # One compilation serves all seeds.
         if name not in self._steps:
-            self._steps[name] = self.library.compile(functools.partial(training_step, recipe=RECIPES[name]))
+            recipe = self.recipe(name)
+            step = functools.partial(training_step, recipe=recipe, counting=self._replaces(recipe))
+            self._steps[name] = self.library.compile(step)
         return self._steps[name]
 
     def _streams(self, seed: int) -> dict[str, np.random.Generator]:
-        names = ("parameters", "warmup", "codewords", "batches", "noise")
+        names = ("parameters", "warmup", "codewords", "batches", "noise", "replacement")
         children = np.random.SeedSequence(seed).spawn(len(names))
         return {name: np.random.default_rng(child) for name, child in zip(names, children, strict=True)}
 
@@ -96,7 +112,7 @@ class Experiment:
         moments, step = no_moments(parameters), self._step("unquantized")
         for _ in range(settings.warmup):
             x = library.array(self.patches.sample(streams["warmup"], settings.batch))
-            parameters, moments, _ = step(parameters, moments, x, None, settings.learning_rate)
+            parameters, moments, _, _ = step(parameters, moments, x, {}, settings.learning_rate)
         positions = streams["codewords"].choice(self.patches.positions, settings.codewords, replace=False)
         codebook, _ = perceptron(parameters, "encoder", library.array(self.patches.at(positions)))
         start = {key: library.numpy(x) for key, x in (parameters | {"codebook": codebook}).items()}
@@ -114,22 +130,33 @@ class Experiment:
         advance : callable
             Called with the number of steps since the last call, and the held-out error reached.
         """
-        recipe, settings, library = RECIPES[name], self.settings, self.library
+        recipe, settings, library = self.recipe(name), self.settings, self.library
+        quantizer, replaces = recipe.quantizer, self._replaces(recipe)
         streams, step = self._streams(seed), self._step(name)
-        parameters = {key: library.array(x) for key, x in self.start(seed).items()}
-        if recipe.estimator is None:
-            del parameters["codebook"]
-        moments = no_moments(parameters)
+        start = dict(self.start(seed))
+        codewords = start.pop("codebook")
+        if quantizer is not None:
+            start |= quantizer.start(codewords)
+        parameters = {key: library.array(x) for key, x in start.items()}
+        moments, used = no_moments(parameters), None
         every = max(1, math.ceil(settings.steps / POINTS))
         curve = [(0, curve_error(parameters, recipe, self.patches, library))]
         seconds, began = 0.0, time.perf_counter()
         for t in range(1, settings.steps + 1):
             x = library.array(self.patches.sample(streams["batches"], settings.batch))
-            noise = None
-            if recipe.noisy:
-                noise = library.array(streams["noise"].standard_normal((settings.batch, settings.dim)))
+            noise = {}
+            if quantizer is not None:
+                noise = quantizer.draw(streams["noise"], settings.batch, settings.codewords, settings.dim)
             rate = settings.learning_rate * half_cosine(t - 1, settings.steps)
-            parameters, moments, loss = step(parameters, moments, x, noise, rate)
+            on_device = {key: library.array(x) for key, x in noise.items()}
+            parameters, moments, loss, counts = step(parameters, moments, x, on_device, rate)
+            if quantizer is not None and replaces:
+                used = counts if used is None else used + counts
+                # Not at the very end: what is new needs some steps before it is of use.
+                if t % settings.replace_every == 0 and t < settings.steps:
+                    normal = streams["replacement"].standard_normal(noise_shape(parameters, quantizer))
+                    parameters, moments = replace(parameters, moments, used, library.array(normal), quantizer)
+                    used = None
             if t % every == 0 or t == settings.steps:
                 library.numpy(loss)  # waits for a device that computes in the background
                 seconds += time.perf_counter() - began
