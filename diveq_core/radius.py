@@ -143,7 +143,8 @@ class PNorm:
         if self.p == 2:
             return v, v, s
         # No negative power, which would overflow for an entry that is small beside the largest.
-        return v, xp.sign(v) * one_where(lib, v == 0, xp.abs(v)) ** (self.p - 1), s
+        power = one_where(lib, v == 0, xp.abs(v)) ** (self.p - 1)
+        return v, zero_rows(lib, v == 0, xp.where(v < 0, -power, power)), s
 
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
         v, power, s = self._scaled(lib, q, z)
