@@ -11,7 +11,7 @@ from rich.console import Console
 
 from diveq_core.bench.bars import memory_rows, saved_rows, speed_bars, speed_row
 from diveq_core.bench.comparison import Comparison, compare, growth_problems
-from diveq_core.bench.machine import described, machine
+from diveq_core.bench.machine import busy, described, machine
 from diveq_core.bench.picture import save_picture
 from diveq_core.bench.problem import Problem, has_gpu
 from diveq_core.bench.report import as_data, bars_table, comparison_table
@@ -93,6 +93,8 @@ def bench(settings: Settings, out: Path, data_out: Path | None) -> None:
     found = machine()
     about = described(found)
     console.print(about, highlight=False)
+    if busy(found):
+        console.print("This machine is busy with something else: the ratios will be off.", style="bold")
     began = time.perf_counter()
     run = Bench(settings)
     rows, comparisons = ([], run.grid()) if settings.grid else run.bars()

@@ -57,12 +57,12 @@ def compare(
 
 
 def growth_problems(*, quick: bool = False) -> list[Problem]:
-    """Problems along K and along N, for the picture."""
+    """Problems along K and along N, for the picture; both lines share one."""
     if quick:
         along_k = [Problem(1024, k, 16) for k in (16, 64, 256)]
-        return along_k + [Problem(n, 64, 16) for n in (64, 256, 4096)]
+        return [*along_k, *(Problem(n, 64, 16) for n in (64, 256, 4096))]
     along_k = [Problem(8192, k, 64) for k in (64, 256, 1024, 4096, 16384)]
-    return along_k + [Problem(n, 1024, 64) for n in (256, 1024, 4096, 16384, 65536)]
+    return [*along_k, *(Problem(n, 1024, 64) for n in (128, 512, 2048, 32768))]
 
 
 def lines(comparisons: Iterable[Comparison]) -> dict[tuple[str, str], list[Comparison]]:

@@ -46,6 +46,11 @@ def described(found: dict[str, Any]) -> str:
     )
 
 
+def busy(found: dict[str, Any]) -> bool:
+    """Whether other work had a good part of the machine."""
+    return found["load"] is not None and found["load"] > 0.3 * found["cores"]
+
+
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
     if path.exists():
