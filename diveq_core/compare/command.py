@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from diveq_core.compare.libraries import Library
 
-_NARROWEST = 120
+_NARROWEST = 132
 
 
 def compare(settings: Settings, backend: str, data: Path | None, out: Path, data_out: Path | None) -> None:
