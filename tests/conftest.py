@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,6 +24,29 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+# The commands' own libraries are an extra, so the tests of the commands skip where they are missing.
+_COMMANDS = ("typer", "rich", "matplotlib", "sklearn", "PIL", "threadpoolctl")
+_NEEDED = {
+    "test_compare.py": _COMMANDS,
+    "test_compare_data.py": _COMMANDS,
+    "test_bench.py": _COMMANDS,
+    "test_bars.py": _COMMANDS,
+    "test_break_the_mathematics.py": ("torch",),
+}
+
+
+class _Skipped(pytest.Module):
+    def collect(self) -> Any:
+        missing = [name for name in _NEEDED[self.path.name] if not importable(name)]
+        pytest.skip(f"needs {', '.join(missing)}", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if all(importable(name) for name in _NEEDED.get(module_path.name, ())):
+        return None
+    return _Skipped.from_parent(parent, path=module_path)
 
 
 @dataclass(frozen=True)
@@ -174,8 +197,4 @@ def run_python(code: str, *arguments: str) -> str:
 
 
 def importable(name: str) -> bool:
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        return False
-    return True
+    return importlib.util.find_spec(name) is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from array_api_compat import array_namespace
 
 import diveq_core as dq
@@ -242,8 +243,7 @@ def _scatter(rows: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
 
 def expected(case: Case, p: Any) -> Expected:
     """What a problem's answers are, by torch in float64 on the plain expression."""
-    import torch
-
+    torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
 
     def leaf(x: np.ndarray) -> Any:
