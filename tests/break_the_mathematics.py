@@ -533,22 +533,28 @@ MUTANTS = (
 )
 
 
-def text_of(mutant: Mutant) -> str:
-    return (ROOT / mutant.file).read_text(encoding="utf-8")
+def times_there(mutant: Mutant, root: Path = ROOT) -> int:
+    """How often the text to replace occurs."""
+    return (root / mutant.file).read_text(encoding="utf-8").count(mutant.old)
 
 
-def run(mutant: Mutant | None, tests: str) -> dict:
+def snapshot(folder: Path) -> None:
+    """What the tests need of the project, so that edits meanwhile change nothing."""
+    ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
+    for name in ("diveq_core", "backends", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "mutant_report.py").write_text(PLUGIN, encoding="utf-8")
+
+
+def run(project: Path, mutant: Mutant | None, tests: str) -> dict:
     """The report of pytest on a copy of the project, with the mutant if there is one."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
-        copy = Path(folder)
-        ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
-        for name in ("diveq_core", "backends", "tests"):
-            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        (copy / "mutant_report.py").write_text(PLUGIN, encoding="utf-8")
+        copy = Path(folder) / "project"
+        shutil.copytree(project, copy)
         if mutant is not None:
-            text = text_of(mutant).replace(mutant.old, mutant.new)
-            (copy / mutant.file).write_text(text, encoding="utf-8")
+            text = (copy / mutant.file).read_text(encoding="utf-8")
+            (copy / mutant.file).write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
         file, expression = tests.split(" ", 1)
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(copy), str(copy / "backends")]),
@@ -565,11 +571,11 @@ def run(mutant: Mutant | None, tests: str) -> dict:
         return json.loads(report.read_text(encoding="utf-8"))
 
 
-def verdict(mutant: Mutant) -> tuple[bool, str]:
+def verdict(project: Path, mutant: Mutant) -> tuple[bool, str]:
     """Whether the tests caught it, and how."""
-    report = run(mutant, mutant.tests)
+    report = run(project, mutant, mutant.tests)
     if not report["failures"]:
-        return False, "MISSED " + report.get("output", f"{report['collected']} tests pass")
+        return False, report.get("output", f"{report['collected']} tests pass")
     failure = report["failures"][0]
     if failure["when"] != "call" or failure["error"] in NOT_MATHEMATICS:
         return False, f"NOT RUN: {failure['when']} {failure['error']} {failure['test']}"
@@ -582,25 +588,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="only mutants whose name contains this")
     options = parser.parse_args(arguments)
     mutants = [mutant for mutant in MUTANTS if options.only in mutant.what]
-    for mutant in mutants:
-        count = text_of(mutant).count(mutant.old)
-        if count != 1:
-            print(f"{mutant.what}: the text to replace occurs {count} times in {mutant.file}, expected once")
-            return 1
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(options.jobs) as pool:
+        project = Path(folder)
+        snapshot(project)
+        for mutant in mutants:
+            if (count := times_there(mutant, project)) != 1:
+                print(f"{mutant.what}: the text to replace occurs {count} times in {mutant.file}, expected once")
+                return 1
         # Starting takes most of the time, so what is expected to pass runs together.
         selections: dict[str, set[str]] = {}
         for mutant in mutants:
             file, expression = mutant.tests.split(" ", 1)
             selections.setdefault(file, set()).add(expression)
         together = [f"{file} {' or '.join(f'({e})' for e in sorted(chosen))}" for file, chosen in selections.items()]
-        for tests, report in zip(together, pool.map(lambda tests: run(None, tests), together), strict=True):
+        reports = pool.map(lambda tests: run(project, None, tests), together)
+        for tests, report in zip(together, reports, strict=True):
             if report["status"] != 0:
                 print(f"not green without a mutant: {tests}: {report}")
                 return 1
             print(f"green without a mutant: {report['collected']} tests of {tests.split()[0]}", flush=True)
         caught = 0
-        for mutant, (good, how) in zip(mutants, pool.map(verdict, mutants), strict=True):
+        verdicts = pool.map(lambda mutant: verdict(project, mutant), mutants)
+        for mutant, (good, how) in zip(mutants, verdicts, strict=True):
             caught += good
             print(f"{'caught' if good else 'MISSED':7} {mutant.what:50} {how}", flush=True)
     print(f"caught {caught}/{len(mutants)}")
