@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,8 +115,30 @@ def zero_rows(lib: Backend, condition: Array, x: Array) -> Array:
     return lib.xp.where(condition, lib.xp.zeros_like(x), x)
 
 
-def polar(lib: Backend, x: Array) -> tuple[Array, Array]:
-    """Length (N, 1) and direction (N, D) of each row; a zero row has length 0 and direction 0.
+class Direction(NamedTuple):
+    """The unit vector ``y / |y|`` of each row in two factors, so that products with it never write it out."""
+
+    y: Array
+    """A multiple of the unit vector, (N, D)."""
+
+    inverse: Array
+    """1 / |y|, (N, 1); 0 for a zero row, whose direction is 0."""
+
+    def dot(self, lib: Backend, x: Array) -> Array:
+        """<x, u>, (N, 1)."""
+        return lib.dot(x, self.y) * self.inverse
+
+    def times(self, c: Array | float) -> Array:
+        """c u, (N, D), for c (N, 1)."""
+        return self.y * (c * self.inverse)
+
+    def stopped(self, lib: Backend) -> Direction:
+        """sg[u]."""
+        return Direction(lib.stop_gradient(self.y), lib.stop_gradient(self.inverse))
+
+
+def direction(lib: Backend, x: Array) -> tuple[Array, Direction]:
+    """Length (N, 1) and direction of each row; a zero row has length 0 and direction 0.
 
     The derivative at a zero row is zero rather than NaN, in every order: the square root never sees
     a zero. Rows are brought to order one by a power of two first, so nothing overflows or underflows.
@@ -126,7 +148,7 @@ def polar(lib: Backend, x: Array) -> tuple[Array, Array]:
     squared = lib.dot(y, y)
     zero = squared == 0
     length = lib.xp.sqrt(one_where(lib, zero, squared))
-    return zero_rows(lib, zero, length / scale), zero_rows(lib, zero, y / length)
+    return zero_rows(lib, zero, length / scale), Direction(y, zero_rows(lib, zero, 1 / length))
 
 
 def lengths_in_range(shortest: float, longest: float, *, double: bool) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from diveq_core import search
-from diveq_core._array import Array, describe, polar
+from diveq_core._array import Array, Direction, describe, direction
 from diveq_core.segments import segment_sum
 
 if TYPE_CHECKING:
@@ -134,9 +134,14 @@ class Backend:
         """Row-wise inner product, (N, D), (N, D) -> (N, 1)."""
         return self.xp.sum(a * b, axis=-1, keepdims=True)
 
+    def direction(self, x: Array) -> tuple[Array, Direction]:
+        """Length (N, 1) and direction of each row; a zero row has length 0 and direction 0."""
+        return direction(self, x)
+
     def polar(self, x: Array) -> tuple[Array, Array]:
-        """Length (N, 1) and direction (N, D) of each row; a zero row has length 0 and direction 0."""
-        return polar(self, x)
+        """As `direction`, with the direction written out, (N, D)."""
+        rho, u = self.direction(x)
+        return rho, u.times(1.0)
 
     def by_rows(self, function: Callable[..., Array], *arrays: Array | None) -> Array:
         """``function(*arrays)``, which acts row by row, possibly a block of rows at a time."""

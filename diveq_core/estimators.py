@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import Array, check_option, derivative_scale, describe
+from diveq_core._array import Array, Direction, check_option, derivative_scale, describe
 from diveq_core.radius import CustomRadius
 
 if TYPE_CHECKING:
@@ -72,20 +72,29 @@ class STE(Estimator):
 class _Distance(Estimator):
     r"""The distance family :math:`z_q = z + \rho\,w` with a fixed unit direction w."""
 
-    def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        """The direction w, (N, D), through which no derivative flows."""
-        raise TypeError(f"{describe(self)} must define direction(lib, z, q, noise)")
+    def w(self, lib: Backend, d: Array, u: Direction, noise: Array | None) -> Direction:
+        """The direction w, through which no derivative flows."""
+        raise TypeError(f"{describe(self)} must define w(lib, d, u, noise)")
+
+    def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
+        if self.hard:
+            return q
+        d = q - z
+        rho, u = lib.direction(d)
+        return z + self.w(lib, d, u, noise).times(rho)
 
     def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
-        _, u = lib.polar(q - z)
-        w = lib.stop_gradient(self.direction(lib, z, q, noise))
-        g_q = lib.dot(g, w) * u
+        d = q - z
+        _, u = lib.direction(d)
+        w = self.w(lib, d, u, noise).stopped(lib)
+        g_q = u.times(w.dot(lib, g))
         return g - g_q, g_q
 
     def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
-        _, u = lib.polar(q - z)
-        w = lib.stop_gradient(self.direction(lib, z, q, noise))
-        return dz + lib.dot(u, dq - dz) * w
+        d = q - z
+        _, u = lib.direction(d)
+        w = self.w(lib, d, u, noise).stopped(lib)
+        return dz + w.times(u.dot(lib, dq - dz))
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,8 @@ class DiVeQDetach(_Distance):
     Su Jianlin, 2025-10-08 (the detached form).
     """
 
-    def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        return lib.polar(q - z)[1]
+    def w(self, lib: Backend, d: Array, u: Direction, noise: Array | None) -> Direction:
+        return u
 
 
 @dataclass(frozen=True)
@@ -146,15 +155,8 @@ class DiVeQ(_Distance):
     def hard(self) -> bool:
         return self.sigma == 0
 
-    def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        d = q - z
-        return lib.polar(d if noise is None else d + self.sigma * noise)[1]
-
-    def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        if self.hard:
-            return q
-        rho, _ = lib.polar(q - z)
-        return z + rho * self.direction(lib, z, q, noise)
+    def w(self, lib: Backend, d: Array, u: Direction, noise: Array | None) -> Direction:
+        return u if noise is None else lib.direction(d + self.sigma * noise)[1]
 
 
 @dataclass(frozen=True)
@@ -182,12 +184,8 @@ class NSVQ(_Distance):
     def hard(self) -> bool:
         return False
 
-    def direction(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        return lib.polar(noise)[1]
-
-    def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        rho, _ = lib.polar(q - z)
-        return z + rho * self.direction(lib, z, q, noise)
+    def w(self, lib: Backend, d: Array, u: Direction, noise: Array | None) -> Direction:
+        return lib.direction(noise)[1]
 
 
 @dataclass(frozen=True)

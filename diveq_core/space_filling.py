@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core._array import Array, check_floating, check_option, check_shape, describe
+from diveq_core._array import Array, Direction, check_floating, check_option, check_shape, describe
 from diveq_core.estimators import Estimator
 from diveq_core.registry import backend_of
 from diveq_core.rule import Rule
@@ -77,13 +77,15 @@ class SpaceFilling(Estimator):
         t = lib.astype(lib.xp.expand_dims(dither, axis=1), codebook.dtype)
         return on_segment(codebook[:-1, :], codebook[1:, :], t)
 
-    def directions(self, lib: Backend, z: Array, ends: tuple[Array, Array], noise: Array | None) -> tuple[Array, Array]:
-        """The fixed directions w_1, w_2, (N, D) each."""
+    def directions(
+        self, lib: Backend, z: Array, ends: tuple[Array, Array], noise: Array | None
+    ) -> tuple[Direction, Direction]:
+        """The fixed directions w_1 and w_2."""
         d = [c - z for c in ends]
         if noise is not None:
             width = z.shape[1]
             d = [d[0] + self.sigma * noise[:, :width], d[1] + self.sigma * noise[:, width:]]
-        w_1, w_2 = (lib.stop_gradient(lib.polar(x)[1]) for x in d)
+        w_1, w_2 = (lib.direction(x)[1].stopped(lib) for x in d)
         return w_1, w_2
 
     def on_curve(self, lib: Backend, z: Array, ends: tuple[Array, Array], t: Array, noise: Array | None) -> Array:
@@ -91,17 +93,17 @@ class SpaceFilling(Estimator):
         if noise is None:
             return on_segment(*ends, t)
         w_1, w_2 = self.directions(lib, z, ends, noise)
-        rho_1, rho_2 = (lib.polar(c - z)[0] for c in ends)
-        return z + (1 - t) * rho_1 * w_1 + t * rho_2 * w_2
+        rho_1, rho_2 = (lib.direction(c - z)[0] for c in ends)
+        return z + w_1.times((1 - t) * rho_1) + w_2.times(t * rho_2)
 
     def curve_vjp(
         self, lib: Backend, z: Array, ends: tuple[Array, Array], t: Array, noise: Array | None, g: Array
     ) -> tuple[Array, Array, Array]:
         """Pullback of ``g``: (g_z, g_c1, g_c2), (N, D) each."""
         w_1, w_2 = self.directions(lib, z, ends, noise)
-        u_1, u_2 = (lib.polar(c - z)[1] for c in ends)
-        g_1 = (1 - t) * lib.dot(g, w_1) * u_1
-        g_2 = t * lib.dot(g, w_2) * u_2
+        u_1, u_2 = (lib.direction(c - z)[1] for c in ends)
+        g_1 = u_1.times((1 - t) * w_1.dot(lib, g))
+        g_2 = u_2.times(t * w_2.dot(lib, g))
         return g - g_1 - g_2, g_1, g_2
 
     def curve_jvp(
@@ -109,9 +111,9 @@ class SpaceFilling(Estimator):
     ) -> Array:
         """Pushforward of ``dz`` and the tangents of both ends: the tangent of z_q, (N, D)."""
         w_1, w_2 = self.directions(lib, z, ends, noise)
-        u_1, u_2 = (lib.polar(c - z)[1] for c in ends)
-        moved_1 = (1 - t) * lib.dot(u_1, dends[0] - dz) * w_1
-        return dz + moved_1 + t * lib.dot(u_2, dends[1] - dz) * w_2
+        u_1, u_2 = (lib.direction(c - z)[1] for c in ends)
+        moved_1 = w_1.times((1 - t) * u_1.dot(lib, dends[0] - dz))
+        return dz + moved_1 + w_2.times(t * u_2.dot(lib, dends[1] - dz))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diveq_core._array import in_blocks, lengths_in_range
+from diveq_core._array import Direction, in_blocks, lengths_in_range
 from diveq_core.backend import Backend
 from diveq_numpy.search import nearest_rows
 
@@ -54,13 +54,13 @@ class NumPyBackend(Backend):
     def dot(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.einsum("nd,nd->n", a, b)[:, None]
 
-    def polar(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def direction(self, x: np.ndarray) -> tuple[np.ndarray, Direction]:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             rho = np.sqrt(self.dot(x, x))
         shortest, longest = rho.min(initial=np.inf), rho.max(initial=0.0)
         if lengths_in_range(shortest, longest, double=x.dtype == np.float64):
-            return rho, x / rho
-        return super().polar(x)
+            return rho, Direction(x, 1 / rho)
+        return super().direction(x)
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         return in_blocks(np.empty, max(_BLOCK_ENTRIES // arrays[0].shape[-1], 1), function, *arrays)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat.torch as torch_namespace
 import torch
 
-from diveq_core._array import in_blocks, lengths_in_range, safe_log
+from diveq_core._array import Direction, in_blocks, lengths_in_range, row_scale, safe_log
 from diveq_core.backend import Backend
 from diveq_torch.bind import quantize
 from diveq_torch.search import nearest_rows
@@ -85,13 +85,17 @@ class TorchBackend(Backend):
     def records(self, *arrays: torch.Tensor) -> bool:
         return not _is_plain(*arrays)
 
-    def polar(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if _is_plain(x) and x.shape[0] > 0:
-            rho = self.dot(x, x).sqrt_()
-            shortest, longest = rho.aminmax()
-            if lengths_in_range(shortest.item(), longest.item(), double=x.dtype == torch.float64):
-                return rho, x / rho
-        return super().polar(x)
+    def direction(self, x: torch.Tensor) -> tuple[torch.Tensor, Direction]:
+        if not _is_plain(x) or x.shape[0] == 0:
+            return super().direction(x)
+        rho = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        shortest, longest = rho.aminmax()
+        if lengths_in_range(shortest.item(), longest.item(), double=x.dtype == torch.float64):
+            return rho, Direction(x, rho.reciprocal())
+        scale = row_scale(self, x)
+        y = x * scale
+        length = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+        return length / scale, Direction(y, torch.where(length == 0, 0.0, 1 / length))
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         if _is_plain(*(x for x in arrays if x is not None)):
