@@ -87,17 +87,20 @@ def bound(cases: str, library: str) -> str:
 
 ESTIMATORS, RADIUS, ARRAY, RULE = (f"diveq_core/{name}.py" for name in ("estimators", "radius", "_array", "rule"))
 NUMPY, TORCH, JAX = (f"backends/diveq_{name}/__init__.py" for name in ("numpy", "torch", "jax"))
+ROTATION, SPACE_FILLING, COMPOSE = (f"diveq_core/{name}.py" for name in ("rotation", "space_filling", "compose"))
+CURVE_MODULE, FSQ, GUMBEL = (f"diveq_core/{name}.py" for name in ("curve", "fsq", "gumbel"))
+CURVE = "test_space_filling.py torch or dithered"
 TORCH_BIND, JAX_BIND = "backends/diveq_torch/bind.py", "backends/diveq_jax/bind.py"
-G_Q = "        g_q = lib.dot(g, w) * u\n"
-W = "        w = lib.stop_gradient(self.direction(lib, z, q, noise))\n"
+G_Q = "        g_q = u.times(w.dot(lib, g))\n"
+W = "        w = self.w(lib, d, u, noise).stopped(lib)\n"
 MUTANTS = (
     # Pullbacks
     Mutant("STE: g_z is -g", ESTIMATORS, "return g, None", "return -g, None", verbs("STE")),
     Mutant("STE: g_z halved", ESTIMATORS, "return g, None", "return g / 2, None", verbs("STE")),
     Mutant("STE: the codebook gets g too", ESTIMATORS, "return g, None", "return g, g", verbs("STE")),
-    Mutant("distance: sign of g_q", ESTIMATORS, G_Q, G_Q.replace("lib.dot", "-lib.dot"), verbs("DiVeQ or NSVQ")),
-    Mutant("distance: <g, u> for <g, w>", ESTIMATORS, G_Q, G_Q.replace("(g, w)", "(g, u)"), verbs("DiVeQ or NSVQ")),
-    Mutant("distance: g_q along w", ESTIMATORS, G_Q, G_Q.replace("* u", "* w"), verbs("DiVeQ or NSVQ")),
+    Mutant("distance: sign of g_q", ESTIMATORS, G_Q, G_Q.replace("w.dot", "-w.dot"), verbs("DiVeQ or NSVQ")),
+    Mutant("distance: <g, u> for <g, w>", ESTIMATORS, G_Q, G_Q.replace("w.dot", "u.dot"), verbs("DiVeQ or NSVQ")),
+    Mutant("distance: g_q along w", ESTIMATORS, G_Q, G_Q.replace("u.times", "w.times"), verbs("DiVeQ or NSVQ")),
     Mutant("distance: g_z gains g_q", ESTIMATORS, "return g - g_q, g_q", "return g + g_q, g_q", verbs("DiVeQ")),
     Mutant("distance: g_z stays g", ESTIMATORS, "return g - g_q, g_q", "return g, g_q", verbs("DiVeQ")),
     Mutant("distance: g_q doubled", ESTIMATORS, "return g - g_q, g_q", "return g - g_q, 2 * g_q", verbs("DiVeQ")),
@@ -125,10 +128,10 @@ MUTANTS = (
     ),
     # Pushforwards
     Mutant("STE: tangent of q", ESTIMATORS, "        return dz\n", "        return dq\n", verbs("STE")),
-    Mutant("distance: dq + dz", ESTIMATORS, "lib.dot(u, dq - dz) * w", "lib.dot(u, dq + dz) * w", verbs("DiVeQ")),
-    Mutant("distance: tangent along u", ESTIMATORS, "dq - dz) * w", "dq - dz) * u", verbs("DiVeQ or NSVQ")),
-    Mutant("distance: drho by w", ESTIMATORS, "lib.dot(u, dq - dz)", "lib.dot(w, dq - dz)", verbs("DiVeQ or NSVQ")),
-    Mutant("distance: dz lost", ESTIMATORS, "return dz + lib.dot(u", "return lib.dot(u", verbs("DiVeQ or NSVQ")),
+    Mutant("distance: dq + dz", ESTIMATORS, "u.dot(lib, dq - dz)", "u.dot(lib, dq + dz)", verbs("DiVeQ")),
+    Mutant("distance: tangent along u", ESTIMATORS, "w.times(u.dot", "u.times(u.dot", verbs("DiVeQ or NSVQ")),
+    Mutant("distance: drho by w", ESTIMATORS, "u.dot(lib, dq - dz)", "w.dot(lib, dq - dz)", verbs("DiVeQ or NSVQ")),
+    Mutant("distance: dz lost", ESTIMATORS, "return dz + w.times(", "return w.times(", verbs("DiVeQ or NSVQ")),
     Mutant(
         "radial: the tangent of z subtracted",
         ESTIMATORS,
@@ -147,22 +150,11 @@ MUTANTS = (
     Mutant("DiVeQ: sigma squared", ESTIMATORS, "d + self.sigma * noise", "d + self.sigma**2 * noise", verbs("DiVeQ")),
     Mutant("DiVeQ: noise subtracted", ESTIMATORS, "d + self.sigma * noise", "d - self.sigma * noise", verbs("DiVeQ")),
     Mutant("DiVeQ: no noise", ESTIMATORS, "d + self.sigma * noise", "d", verbs("DiVeQ")),
+    Mutant("distance: rho lost", ESTIMATORS, "noise).times(rho)", "noise).times(1.0)", verbs("DiVeQ")),
+    Mutant("distance: from q, not from z", ESTIMATORS, "return z + self.w", "return q + self.w", verbs("DiVeQ")),
     Mutant(
-        "DiVeQ: rho lost",
-        ESTIMATORS,
-        "            return q\n        rho, _ = lib.polar(q - z)\n        return z + rho * self",
-        "            return q\n        rho, _ = lib.polar(q - z)\n        return z + self",
-        verbs("DiVeQ"),
+        "NSVQ: away from the noise", ESTIMATORS, "lib.direction(noise)[1]", "lib.direction(-noise)[1]", verbs("NSVQ")
     ),
-    Mutant(
-        "DiVeQ: from q, not from z",
-        ESTIMATORS,
-        "            return q\n        rho, _ = lib.polar(q - z)\n        return z + rho * self",
-        "            return q\n        rho, _ = lib.polar(q - z)\n        return q + rho * self",
-        verbs("DiVeQ"),
-    ),
-    Mutant("NSVQ: noise of any length", ESTIMATORS, "lib.polar(noise)[1]", "noise", verbs("NSVQ")),
-    Mutant("NSVQ: away from the noise", ESTIMATORS, "lib.polar(noise)[1]", "-lib.polar(noise)[1]", verbs("NSVQ")),
     Mutant(
         "hard: z + (q - z) for q",
         RULE,
@@ -171,14 +163,12 @@ MUTANTS = (
         "test_estimators.py bit_for_bit and numpy and STE",
     ),
     # What carries derivatives and what does not
-    Mutant(
-        "distance: w carries gradient", ESTIMATORS, W + G_Q, W.replace("lib.stop_gradient", "") + G_Q, second("DiVeQ")
-    ),
+    Mutant("distance: w carries gradient", ESTIMATORS, W + G_Q, W.replace(".stopped(lib)", "") + G_Q, second("DiVeQ")),
     Mutant(
         "distance: u is held constant",
         ESTIMATORS,
         G_Q,
-        G_Q.replace("* u", "* lib.stop_gradient(u)"),
+        G_Q.replace("u.times", "u.stopped(lib).times"),
         second("DiVeQ or NSVQ"),
     ),
     Mutant(
@@ -320,21 +310,21 @@ MUTANTS = (
     ),
     # Lengths, directions and their zeros
     Mutant(
-        "polar: u has a derivative at zero",
+        "direction: u has a derivative at zero",
         ARRAY,
-        "zero_rows(lib, zero, y / length)",
-        "y / length",
-        second("DiVeQDetach"),
+        "Direction(y, zero_rows(lib, zero, 1 / length))",
+        "Direction(y, 1 / length)",
+        second("NSVQ"),
     ),
     Mutant(
-        "polar: the root sees zero",
+        "direction: the root sees zero",
         ARRAY,
         "lib.xp.sqrt(one_where(lib, zero, squared))",
         "lib.xp.sqrt(squared)",
         second("DiVeQDetach"),
     ),
     Mutant(
-        "polar: the scale is not taken back",
+        "direction: the scale is not taken back",
         ARRAY,
         "zero_rows(lib, zero, length / scale)",
         "zero_rows(lib, zero, length)",
@@ -450,7 +440,7 @@ MUTANTS = (
         "total.reshape(-1)[entries.reshape(-1)] += values.reshape(-1)",
         verbs("DiVeQ"),
     ),
-    Mutant("NumPy: direction of any length", NUMPY, "return rho, x / rho", "return rho, x", verbs("DiVeQ")),
+    Mutant("NumPy: direction of any length", NUMPY, "Direction(x, 1 / rho)", "Direction(x, rho**0)", verbs("DiVeQ")),
     Mutant(
         "torch: repeated indices lost",
         TORCH,
@@ -465,7 +455,13 @@ MUTANTS = (
         ".index_copy(0, kept, values)",
         second("DiVeQ"),
     ),
-    Mutant("torch: direction of any length", TORCH, "return rho, x / rho", "return rho, x", verbs("DiVeQ", "torch")),
+    Mutant(
+        "torch: direction of any length",
+        TORCH,
+        "Direction(x, rho.reciprocal())",
+        "Direction(x, rho**0)",
+        verbs("DiVeQ", "torch"),
+    ),
     Mutant(
         "JAX: repeated indices lost",
         JAX,
@@ -530,6 +526,81 @@ MUTANTS = (
         "noise[0] if noise else None, dz, 0 * dcodebook)",
         "test_estimators.py pushes_forward and jax and DiVeQ",
     ),
+    # The rest of the family
+    Mutant("rotation: R for its transpose", ROTATION, "(g, -1.0), None", "(g, 1.0), None", "test_rotation.py torch"),
+    Mutant(
+        "rotation: s inverted",
+        ROTATION,
+        "s = long_q / one_where(lib, lost, long_z)",
+        "s = long_z / one_where(lib, lost, long_q)",
+        "test_rotation.py torch",
+    ),
+    Mutant(
+        "curve: the ends exchanged",
+        SPACE_FILLING,
+        "return (1 - t) * c_1 + t * c_2",
+        "return t * c_1 + (1 - t) * c_2",
+        CURVE,
+    ),
+    Mutant("curve: the first codeword twice", SPACE_FILLING, "indices, indices + 1)", "indices, indices)", CURVE),
+    Mutant(
+        "curve: weight of the first end", SPACE_FILLING, "g_1 = u_1.times((1 - t) * w_1", "g_1 = u_1.times(w_1", CURVE
+    ),
+    Mutant("curve: g_2 stays with z", SPACE_FILLING, "return g - g_1 - g_2", "return g - g_1", CURVE),
+    Mutant(
+        "curve: the second end gets no gradient",
+        SPACE_FILLING,
+        "            g_codebook = lib.segment_add(g_codebook, g_2, _following(lib, indices))\n",
+        "",
+        CURVE,
+    ),
+    Mutant(
+        "curve: w carries gradient", SPACE_FILLING, "lib.direction(x)[1].stopped(lib)", "lib.direction(x)[1]", CURVE
+    ),
+    Mutant(
+        "curve: position not clipped",
+        CURVE_MODULE,
+        "xp.where(t > 1, xp.ones_like(t), t)",
+        "t",
+        "test_space_filling.py projection",
+    ),
+    Mutant(
+        "residual: the residual not reduced",
+        COMPOSE,
+        "residual = residual - outs[-1].z_q",
+        "residual = residual",
+        "test_compose.py autograd",
+    ),
+    Mutant(
+        "residual: chain cut",
+        COMPOSE,
+        "g_q = g if g_residual is None else g - g_residual",
+        "g_q = g",
+        "test_compose.py autograd",
+    ),
+    Mutant(
+        "product: groups overlap",
+        COMPOSE,
+        "slice(part * width, (part + 1) * width)",
+        "slice(0, width)",
+        "test_compose.py decode",
+    ),
+    Mutant("FSQ: the paper's tan", FSQ, "math.atanh(o / h)", "math.tan(o / h)", "test_fsq.py numpy"),
+    Mutant(
+        "FSQ: scale of the gradient",
+        FSQ,
+        "((1 - tanh) * (1 + tanh)) / halves",
+        "((1 - tanh) * (1 + tanh))",
+        "test_fsq.py torch",
+    ),
+    Mutant(
+        "Gumbel: temperature lost",
+        GUMBEL,
+        "y * (x - self.lib.dot(y, x)) / self.estimator.temperature",
+        "y * (x - self.lib.dot(y, x))",
+        "test_gumbel.py torch",
+    ),
+    Mutant("Gumbel: y y^T lost", GUMBEL, "y * (x - self.lib.dot(y, x))", "y * x", "test_gumbel.py torch"),
 )
 
 
