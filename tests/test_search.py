@@ -182,8 +182,8 @@ def test_a_single_far_codeword_hides_no_other(library: Library):
     assert_nearest(library.back(dq.nearest(library.to(z), library.to(codebook))), z, codebook, EPS32)
 
 
-@pytest.mark.parametrize("count", [1, 3, 1000, 4096])
-@pytest.mark.parametrize("rows", [0, 1, 2, 127, 1031])
+@pytest.mark.parametrize("count", [1, 3, 4096])
+@pytest.mark.parametrize("rows", [0, 1, 127, 1031])
 def test_every_number_of_rows(library: Library, rows: int, count: int):
     # Whatever the chunk, some of these leave a remainder.
     rng = np.random.default_rng(5)
