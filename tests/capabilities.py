@@ -125,9 +125,9 @@ def page(written: str) -> str:
         [
             "# What works where",
             "",
-            "Written by `python tests/capabilities.py`, and held to by the tests: each word stands for a comparison with",
-            "NumPy's explicit verbs that was made and passed. `autodiff` is the library's own, through `quantize`. `not run`",
-            "means that no machine with a GPU was at hand.",
+            "Written by `python tests/capabilities.py`, and held to by the tests: each word stands for a comparison",
+            "with NumPy's explicit verbs that was made and passed. `autodiff` is the library's own, through",
+            "`quantize`. `not run` means that no machine with a GPU was at hand.",
             "",
             head,
             rule,
