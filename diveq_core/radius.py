@@ -234,17 +234,24 @@ class Cosine:
     and z almost agree. Both gradients are zero where q and z are parallel and where either is zero.
     """
 
+    def _apart(self, lib: Backend, q_hat: Array, z_hat: Array) -> tuple[Array, Array]:
+        """Length and direction of h; of parallel vectors rounding leaves a few ulps, which are no direction."""
+        xp = lib.xp
+        h = q_hat - z_hat
+        largest = xp.max(xp.abs(lib.stop_gradient(h)), axis=-1, keepdims=True)
+        return lib.polar(zero_rows(lib, largest < 8 * float(xp.finfo(h.dtype).eps), h))
+
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
         _, q_hat = lib.polar(q)
         _, z_hat = lib.polar(z)
-        length, _ = lib.polar(q_hat - z_hat)
+        length, _ = self._apart(lib, q_hat, z_hat)
         return safe_log(lib, 0.5 * length * length)
 
     def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
         q_scale, z_scale = derivative_scale(lib, q), derivative_scale(lib, z)
         q_length, q_hat = lib.polar(q * q_scale)
         z_length, z_hat = lib.polar(z * z_scale)
-        length, direction = lib.polar(q_hat - z_hat)
+        length, direction = self._apart(lib, q_hat, z_hat)
         h_r = 2 * direction * safe_inverse(lib, length)
         undefined = (length == 0) | (q_length == 0) | (z_length == 0)
         to_q = (h_r - q_hat) * safe_inverse(lib, q_length, q_scale)

@@ -281,6 +281,13 @@ MUTANTS = (
         "test_estimators.py straight_through and numpy and Cosine",
     ),
     Mutant(
+        "Cosine: rounding taken for an angle",
+        RADIUS,
+        "zero_rows(lib, largest < 8 * float(xp.finfo(h.dtype).eps), h)",
+        "h",
+        "test_radius.py one_ray and numpy",
+    ),
+    Mutant(
         "CustomRadius: gradients swapped",
         RADIUS,
         "to_q, to_z = self.log_r_gradients(q, z)",

@@ -128,6 +128,18 @@ def test_the_matrix_may_be_of_the_library(library: Library) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("width", [1, 3, 64])
+def test_vectors_along_one_ray_have_no_angle(library: Library, width: int) -> None:
+    """The cosine is straight-through there, whatever the lengths: rounding leaves no angle to enlarge."""
+    rng = np.random.default_rng(0)
+    ray = rng.standard_normal((200, width))
+    z, q = ((np.exp(rng.uniform(-9, 9, (200, 1))) * ray).astype(np.float32) for _ in range(2))
+    g = rng.standard_normal((200, width)).astype(np.float32)
+    g_z, g_q = pullback_rows(library, dq.Radial(dq.Cosine()), z, q, g)
+    np.testing.assert_array_equal(g_z, g)
+    np.testing.assert_array_equal(g_q, 0)
+
+
 @pytest.mark.parametrize("name", ["torch", "jax"])
 @settings(max_examples=example_count(0.3))
 @given(p=problems())
