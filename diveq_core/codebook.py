@@ -280,7 +280,8 @@ def replace_unused(
     n = xp.where(finite & xp.isfinite(n) & (n > 0), n, xp.zeros_like(n))
     unused = n <= threshold * xp.sum(n) / count
     number = xp.astype(unused, dtype)
-    positions = (xp.cumulative_sum(number) - number + uniform(lib, noise[:, width:])) / _at_least_one(lib, number)
+    order = xp.cumulative_sum(number)
+    positions = (order - number + uniform(lib, noise[:, width:])) / _at_least_one(lib, number)
 
     if z is None:
         weights = xp.where(unused, xp.zeros_like(n), n)
@@ -293,8 +294,9 @@ def replace_unused(
         total, deviation = _deviation(ranks, rows, weights)
 
     e = noise[:, :width]
-    # At least four units in the last place of the largest entry, so that the move survives rounding.
-    unit = 4 * float(xp.finfo(codebook.dtype).eps) * xp.max(xp.abs(sources), axis=1, keepdims=True)
+    # At least four units in the last place of the largest entry, so that the move survives rounding; four more for
+    # each replacement, so that two of the same source differ.
+    unit = 4 * float(xp.finfo(codebook.dtype).eps) * xp.max(xp.abs(sources), axis=1, keepdims=True) * order[:, None]
     step = jitter * deviation * e + xp.where(e < 0, -unit, unit) if jitter > 0 else xp.zeros_like(e)
     new = lib.astype(sources + step, codebook.dtype)
     replaced = unused & (total > 0) & xp.all(xp.isfinite(new), axis=1)
