@@ -148,7 +148,9 @@ def direction(lib: Backend, x: Array) -> tuple[Array, Direction]:
     squared = lib.dot(y, y)
     zero = squared == 0
     length = lib.xp.sqrt(one_where(lib, zero, squared))
-    return zero_rows(lib, zero, length / scale), Direction(y, zero_rows(lib, zero, 1 / length))
+    # Written out: the small entries of y times small cotangents would be lost where a device flushes to zero.
+    u, one = zero_rows(lib, zero, y / length), lib.xp.ones_like(length)
+    return zero_rows(lib, zero, length / scale), Direction(u, one)
 
 
 def lengths_in_range(shortest: float, longest: float, *, double: bool) -> bool:

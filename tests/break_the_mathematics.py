@@ -319,8 +319,8 @@ MUTANTS = (
     Mutant(
         "direction: u has a derivative at zero",
         ARRAY,
-        "Direction(y, zero_rows(lib, zero, 1 / length))",
-        "Direction(y, 1 / length)",
+        "u, one = zero_rows(lib, zero, y / length), lib",
+        "u, one = y / length, lib",
         second("NSVQ"),
     ),
     Mutant(
