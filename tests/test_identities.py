@@ -224,6 +224,21 @@ def test_repeated_indices_add_up(library: Library) -> None:
     np.testing.assert_array_equal(g_z, np.tile(np.array([0.0, 1.0], np.float32), (n, 1)))
 
 
+def test_repeated_indices_add_up_across_chunks(library: Library) -> None:
+    """A codebook so large that the standard's segment sum takes a few vectors at a time."""
+    n, count = 13, 1 << 18
+    z, codebook = np.zeros((n, 1), np.float32), np.ones((count, 1), np.float32)
+    g = np.arange(1, n + 1, dtype=np.float32)[:, None]
+    indices = np.where(np.arange(n) % 3 == 0, 7, count - 1).astype(np.int32)
+    options = {"indices": library.to(indices)}
+    _, pullback = dq.vjp(library.to(z), library.to(codebook), dq.DiVeQDetach(), **options)
+    got = library.back(pullback(library.to(g))[1])[:, 0]
+    # u = 1, and small whole numbers are exact in float32.
+    assert got[7] == np.sum(g[indices == 7])
+    assert got[-1] == np.sum(g[indices != 7])
+    assert np.count_nonzero(got) == 2
+
+
 @pytest.mark.parametrize("case", [c for c in EVERYWHERE if c.hard and c.name != "STE"], ids=repr)
 @given(p=problems())
 def test_radial_is_straight_through_plus_the_auxiliary_loss(case: Case, p: Problem) -> None:

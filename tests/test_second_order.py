@@ -28,7 +28,7 @@ by_case = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
 def torch_second(case: Case, p: Problem, pull: Any, dtype: str = "float64") -> list[np.ndarray]:
-    """Gradients to z, codebook and g of ``<dz, g_z> + <dE, g_E>``."""
+    """g_z and g_E, recorded as they are to be differentiated; gradients of ``<dz, g_z> + <dE, g_E>`` to z, E and g."""
     import torch
 
     def tensor(x: np.ndarray) -> Any:
@@ -37,7 +37,8 @@ def torch_second(case: Case, p: Problem, pull: Any, dtype: str = "float64") -> l
     z, codebook, g = (tensor(x).requires_grad_() for x in (p.z, p.codebook, p.g))
     g_z, g_codebook = pull(z, codebook, g, tensor(p.noise), torch.tensor(p.indices))
     pushed = (g_z * tensor(p.dz)).sum() + (g_codebook * tensor(p.dcodebook)).sum()
-    return [x.numpy() for x in torch.autograd.grad(pushed, (z, codebook, g), materialize_grads=True)]
+    second = torch.autograd.grad(pushed, (z, codebook, g), materialize_grads=True)
+    return [x.detach().numpy() for x in (g_z, g_codebook, *second)]
 
 
 def jax_second(case: Case, p: Problem, pull: Any) -> list[np.ndarray]:
@@ -46,10 +47,11 @@ def jax_second(case: Case, p: Problem, pull: Any) -> list[np.ndarray]:
 
     def pushed(z: Any, codebook: Any, g: Any) -> Any:
         g_z, g_codebook = pull(z, codebook, g, jnp.asarray(p.noise), jnp.asarray(p.indices))
-        return jnp.sum(g_z * p.dz) + jnp.sum(g_codebook * p.dcodebook)
+        return jnp.sum(g_z * p.dz) + jnp.sum(g_codebook * p.dcodebook), (g_z, g_codebook)
 
-    grads = jax.grad(pushed, argnums=(0, 1, 2))(jnp.asarray(p.z), jnp.asarray(p.codebook), jnp.asarray(p.g))
-    return [np.asarray(x) for x in grads]
+    differentiated = jax.grad(pushed, argnums=(0, 1, 2), has_aux=True)
+    second, first = differentiated(jnp.asarray(p.z), jnp.asarray(p.codebook), jnp.asarray(p.g))
+    return [np.asarray(x) for x in (*first, *second)]
 
 
 def check(case: Case, p: Problem, got: list[np.ndarray], dtype: str = "float64") -> None:
@@ -58,7 +60,9 @@ def check(case: Case, p: Problem, got: list[np.ndarray], dtype: str = "float64")
     rows = np.zeros((p.codebook.shape[0], 1))
     np.add.at(rows, p.indices.reshape(-1), size.reshape(-1, 1))
     # The reference's own largest term of a row stands for those that the estimate of sizes leaves out.
-    for value, reference, terms in zip(got, want.second, (size, rows, want.sizes["tangent"]), strict=True):
+    references = (want.g_z, want.g_codebook, *want.second)
+    all_terms = (want.sizes["g_z"], want.sizes["g_codebook"], size, rows, want.sizes["tangent"])
+    for value, reference, terms in zip(got, references, all_terms, strict=True):
         tolerance = SECOND_ROUNDINGS * EPS[dtype] * (terms + np.max(np.abs(reference), axis=-1, keepdims=True))
         # What lies below the normal numbers may be lost.
         tolerance = tolerance + (2.0**-1022 if dtype == "float64" else 2.0**-126)
