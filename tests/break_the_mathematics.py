@@ -166,7 +166,9 @@ MUTANTS = (
     Mutant("DiVeQ: noise subtracted", ESTIMATORS, "d, noise, self.sigma)", "d, noise, -self.sigma)", verbs("DiVeQ")),
     Mutant("DiVeQ: no noise", ESTIMATORS, "d, noise, self.sigma)", "d, noise, 0.0)", verbs("DiVeQ")),
     Mutant("distance: rho lost", ESTIMATORS, "added_to(lib, z, rho)", "added_to(lib, z, rho / rho)", verbs("DiVeQ")),
-    Mutant("distance: from q, not from z", ESTIMATORS, "return z + self.w", "return q + self.w", verbs("DiVeQ")),
+    Mutant(
+        "distance: from q, not from z", ESTIMATORS, "added_to(lib, z, rho)", "added_to(lib, q, rho)", verbs("DiVeQ")
+    ),
     Mutant(
         "NSVQ: away from the noise", ESTIMATORS, "lib.direction(noise)[1]", "lib.direction(-noise)[1]", verbs("NSVQ")
     ),
