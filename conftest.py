@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 OPTIONAL = ("torch", "jax", "cupy", "mlx", "dask", "array_api_strict", "matplotlib", "sklearn", "typer", "rich")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Examples of one document build on each other, so workers must not share them out."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByDocument(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            document, _, example = nodeid.partition("::line:")
+            return document if example else nodeid
+
+    return ByDocument(config, log) if config.getvalue("dist") == "load" else None
+
+
 def _skip_without(library: str) -> None:
     if library == "cupy":
         cupy = pytest.importorskip("cupy")
