@@ -77,8 +77,6 @@ class _Distance(Estimator):
         raise TypeError(f"{describe(self)} must define w(lib, d, u, noise)")
 
     def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        if self.hard:
-            return q
         d = q - z
         rho, u = lib.direction(d)
         return z + self.w(lib, d, u, noise).times(rho)
