@@ -47,7 +47,7 @@ def compare_command(
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("compare.png"),
     json: Annotated[Path | None, typer.Option(help="Also write the table and the loss curves as data.")] = None,
 ) -> None:
-    """Train one patch autoencoder per estimator on photographs; print a table and save a picture."""
+    """Train a patch autoencoder per estimator and seed on photographs; print a table and save a picture."""
     from diveq_core.compare.command import compare
 
     try:
