@@ -4,8 +4,8 @@ from diveq_core.backend import Backend
 from diveq_core.codebook import EMAState, Replaced, ema_init, ema_update, replace_unused
 from diveq_core.compose import Composite, Product, Residual
 from diveq_core.cosine import nearest_cosine, normalize, normalize_vjp
-from diveq_core.custom_radius import CustomRadius
 from diveq_core.curve import Projected, decode_curve, project
+from diveq_core.custom_radius import CustomRadius
 from diveq_core.diagnostics import coefficient, equivalent_loss, perplexity, positive_share, usage, used_share
 from diveq_core.estimators import NSVQ, STE, DiVeQ, DiVeQDetach, Estimator, Radial
 from diveq_core.fsq import fsq, fsq_decode, fsq_jvp, fsq_vjp
