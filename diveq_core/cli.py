@@ -73,7 +73,7 @@ def compare_command(
 
 @app.command("bench")
 def bench_command(
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in seconds; judges no bar.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in about a minute; judges no bar.")] = False,
     grid: Annotated[bool, typer.Option("--grid", help="Time the sizes given below instead of the bars.")] = False,
     n: Annotated[list[int] | None, typer.Option(help="Vectors, N; may be repeated, as all of these.")] = None,
     k: Annotated[list[int] | None, typer.Option(help="Codewords, K.")] = None,

@@ -20,7 +20,7 @@ class Settings:
     Parameters
     ----------
     quick : bool
-        Small sizes, seconds instead of minutes; nothing is judged by them.
+        Small sizes, in about a minute; no bar is judged by them.
     grid : bool
         Times over all combinations of the given sizes, dtypes and devices, instead of the bars.
     n, k, d : tuple of int
