@@ -5,7 +5,14 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
-_EXTRA = {"typer": "typer", "rich": "rich", "matplotlib": "matplotlib", "sklearn": "scikit-learn", "PIL": "pillow"}
+_EXTRA = {
+    "typer": "typer",
+    "rich": "rich",
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "threadpoolctl": "threadpoolctl",
+}
 
 
 def main() -> None:

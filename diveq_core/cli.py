@@ -47,7 +47,7 @@ def compare_command(
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("compare.png"),
     json: Annotated[Path | None, typer.Option(help="Also write the table and the loss curves as data.")] = None,
 ) -> None:
-    """Train one patch autoencoder per estimator on photographs; print a table and save a picture."""
+    """Train a patch autoencoder per estimator and seed on photographs; print a table and save a picture."""
     from diveq_core.compare.command import compare
 
     try:
@@ -73,7 +73,7 @@ def compare_command(
 
 @app.command("bench")
 def bench_command(
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in seconds; judges no bar.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, in about a minute; judges no bar.")] = False,
     grid: Annotated[bool, typer.Option("--grid", help="Time the sizes given below instead of the bars.")] = False,
     n: Annotated[list[int] | None, typer.Option(help="Vectors, N; may be repeated, as all of these.")] = None,
     k: Annotated[list[int] | None, typer.Option(help="Codewords, K.")] = None,

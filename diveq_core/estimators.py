@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diveq_core._array import Array, Direction, check_option, derivative_scale, describe
-from diveq_core.radius import CustomRadius
+from diveq_core.custom_radius import CustomRadius
 
 if TYPE_CHECKING:
     from diveq_core.backend import Backend
@@ -77,8 +77,6 @@ class _Distance(Estimator):
         raise TypeError(f"{describe(self)} must define w(lib, d, u, noise)")
 
     def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
-        if self.hard:
-            return q
         d = q - z
         rho, u = lib.direction(d)
         return self.w(lib, d, u, noise).added_to(lib, z, rho)
@@ -110,8 +108,8 @@ class DiVeQDetach(_Distance):
 
     References
     ----------
-    Vali, Bäckström, Solin, "DiVeQ", arXiv:2509.26469 (the limit of zero variance);
-    Su Jianlin, 2025-10-08 (the detached form).
+    Vali, Bäckström, Solin, "DiVeQ", arXiv:2509.26469, appendix (DiVeQ-detach);
+    Su Jianlin, "DiVeQ: a very concise VQ training scheme", https://kexue.fm/archives/11328, 2025-10-08, equation 6.
     """
 
     def w(self, lib: Backend, d: Array, u: Direction, noise: Array | None) -> Direction:
@@ -139,7 +137,7 @@ class DiVeQ(_Distance):
     References
     ----------
     Vali, Bäckström, Solin, "DiVeQ: Differentiable Vector Quantization Using the Reparameterization Trick",
-    arXiv:2509.26469.
+    arXiv:2509.26469; in this form Su Jianlin, 2025-10-08, equation 7.
     """
 
     sigma: float = 10**-1.5
@@ -173,7 +171,7 @@ class NSVQ(_Distance):
     References
     ----------
     Vali, Bäckström, "NSVQ: Noise Substitution in Vector Quantization for Machine Learning", IEEE Access
-    10:13598, 2022.
+    10:13598, 2022; in this form Su Jianlin, 2025-10-08, equation 5.
     """
 
     @property
@@ -208,7 +206,8 @@ class Radial(Estimator):
 
     References
     ----------
-    Su Jianlin, "DiVeQ: a very concise VQ training scheme", 2025-10-08 (the general r(q, z)).
+    Su Jianlin, "DiVeQ: a very concise VQ training scheme", https://kexue.fm/archives/11328, 2025-10-08, equations 8
+    and 9 (the general r(q, z), its differential and the auxiliary loss).
     """
 
     radius: Any

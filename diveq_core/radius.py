@@ -2,7 +2,8 @@ r"""The radii r(q, z) of the general estimator, each by ln r and its two hand-de
 
 A radius acts on the encoder and the codebook through :math:`d(\ln r)` alone (see `Radial`), so that is
 what a radius states: ``log`` and ``log_gradients``. Every formula divides by quantities of order one only,
-and every gradient is zero, never NaN, where the radius itself is zero.
+and every gradient is zero, never NaN, where the radius itself is zero. All are choices of the r(q, z) of Su
+Jianlin, 2025-10-08, equation 8; the gradients of ln r are derived here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from diveq_core._array import (
     Array,
     check_option,
     derivative_scale,
-    describe,
     one_where,
     row_scale,
     safe_inverse,
@@ -23,8 +23,6 @@ from diveq_core._array import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from diveq_core.backend import Backend
 
 Gradients = tuple[Array, Array]
@@ -51,9 +49,14 @@ class Power:
     alpha : float
         Finite. 0 is the straight-through estimator, 1 is DiVeQ-detach, 2 reflects.
 
+    Notes
+    -----
+    Where d = 0 both gradients are zero.
+
     References
     ----------
-    Su Jianlin, "DiVeQ: a very concise VQ training scheme", 2025-10-08 (the family rho^alpha).
+    Su Jianlin, "DiVeQ: a very concise VQ training scheme", https://kexue.fm/archives/11328, 2025-10-08, equation 11
+    and the text before it.
     """
 
     alpha: float = 1.0
@@ -84,6 +87,10 @@ class PseudoHuber:
     ----------
     delta : float
         Positive, in the units of ``z``. Far below ``rho`` it is DiVeQ-detach, far above straight-through.
+
+    References
+    ----------
+    Su Jianlin, 2025-10-08, equation 8, for a general r(q, z); this r and its gradient are derived here.
     """
 
     delta: float = 1.0
@@ -126,7 +133,12 @@ class PNorm:
 
     Notes
     -----
-    A second derivative does not exist where a coordinate of d is zero and p < 2; it is taken as zero.
+    Where d = 0 both gradients are zero. A second derivative does not exist where a coordinate of d is zero and
+    p < 2; it is taken as zero.
+
+    References
+    ----------
+    Su Jianlin, 2025-10-08, equation 8, for a general r(q, z); this r and its gradient are derived here.
     """
 
     p: float = 2.0
@@ -171,8 +183,18 @@ class Mahalanobis:
 
     Raises
     ------
+    TypeError
+        If the matrix is no array, or its dtype is not real floating point.
     ValueError
         If the matrix is not square, not finite or not positive definite.
+
+    Notes
+    -----
+    Where d = 0 both gradients are zero.
+
+    References
+    ----------
+    Su Jianlin, 2025-10-08, equation 8, for a general r(q, z); this r and its gradient are derived here.
     """
 
     matrix: Array
@@ -232,6 +254,10 @@ class Cosine:
     -----
     Computed as :math:`r = \tfrac12\|h\|^2` with :math:`h = \hat q - \hat z`, which keeps its digits where q
     and z almost agree. Both gradients are zero where q and z are parallel and where either is zero.
+
+    References
+    ----------
+    Su Jianlin, 2025-10-08, equation 8, for a general r(q, z); this r and its gradients are derived here.
     """
 
     def _apart(self, lib: Backend, q_hat: Array, z_hat: Array) -> tuple[Array, Array]:
@@ -257,57 +283,3 @@ class Cosine:
         to_q = (h_r - q_hat) * safe_inverse(lib, q_length, q_scale)
         to_z = -(h_r + z_hat) * safe_inverse(lib, z_length, z_scale)
         return zero_rows(lib, undefined, to_q), zero_rows(lib, undefined, to_z)
-
-
-@dataclass(frozen=True)
-class CustomRadius:
-    r"""A radius of one's own.
-
-    Parameters
-    ----------
-    r : callable
-        ``r(q, z)``, (N, D), (N, D) -> (N,) or (N, 1), non-negative, in functions of the arrays' own library.
-    log_r_gradients : callable, optional
-        ``log_r_gradients(q, z)`` -> :math:`(\partial \ln r/\partial q, \partial \ln r/\partial z)`, (N, D) each.
-        Needed in libraries without automatic differentiation; elsewhere they derive it from ``r``.
-
-    Notes
-    -----
-    Where r is zero both gradients are taken as zero. A second derivative there is whatever the
-    library makes of the given functions.
-    """
-
-    r: Callable[[Array, Array], Array]
-    log_r_gradients: Callable[[Array, Array], Gradients] | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("r", self.r), ("log_r_gradients", self.log_r_gradients or self.r)):
-            if not callable(value):
-                raise TypeError(f"CustomRadius: {name} must be callable with (q, z), got {describe(value)}")
-
-    def _value(self, q: Array, z: Array) -> Array:
-        value = self.r(q, z)
-        if tuple(value.shape) == (q.shape[0],):
-            value = value[:, None]
-        if tuple(value.shape) != (q.shape[0], 1):
-            raise ValueError(
-                f"CustomRadius: r(q, z) must have shape (N,) or (N, 1) with N = {q.shape[0]}, got {tuple(value.shape)}"
-            )
-        return value
-
-    def log(self, lib: Backend, q: Array, z: Array) -> Array:
-        return safe_log(lib, self._value(q, z))
-
-    def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
-        if self.log_r_gradients is None:
-            to_q, to_z = lib.log_radius_gradients(self._value, q, z)
-        else:
-            to_q, to_z = self.log_r_gradients(q, z)
-            for name, gradient in (("q", to_q), ("z", to_z)):
-                if tuple(gradient.shape) != tuple(q.shape):
-                    raise ValueError(
-                        f"CustomRadius: log_r_gradients(q, z) must give the gradient to {name} in the shape of "
-                        f"{name}, {tuple(q.shape)}, got {tuple(gradient.shape)}"
-                    )
-        zero = self._value(q, z) == 0
-        return zero_rows(lib, zero, to_q), zero_rows(lib, zero, to_z)

@@ -92,6 +92,7 @@ ESTIMATORS, RADIUS, ARRAY, RULE = (f"diveq_core/{name}.py" for name in ("estimat
 NUMPY, TORCH, JAX = (f"backends/diveq_{name}/__init__.py" for name in ("numpy", "torch", "jax"))
 ROTATION, SPACE_FILLING, COMPOSE = (f"diveq_core/{name}.py" for name in ("rotation", "space_filling", "compose"))
 CURVE_MODULE, FSQ, GUMBEL = (f"diveq_core/{name}.py" for name in ("curve", "fsq", "gumbel"))
+CUSTOM_RADIUS = "diveq_core/custom_radius.py"
 CURVE = "test_space_filling.py torch or dithered"
 TORCH_BIND, JAX_BIND = "backends/diveq_torch/bind.py", "backends/diveq_jax/bind.py"
 G_Q = "        g_q = u.times(w.dot(lib, g))\n"
@@ -306,14 +307,14 @@ MUTANTS = (
     ),
     Mutant(
         "CustomRadius: gradients swapped",
-        RADIUS,
+        CUSTOM_RADIUS,
         "to_q, to_z = self.log_r_gradients(q, z)",
         "to_z, to_q = self.log_r_gradients(q, z)",
         verbs("CustomRadius"),
     ),
     Mutant(
         "CustomRadius: r = 0 forgotten",
-        RADIUS,
+        CUSTOM_RADIUS,
         "zero_rows(lib, zero, to_q), zero_rows(lib, zero, to_z)\n",
         "to_q, to_z\n",
         "test_radius.py zero_where_rho_is and torch",

@@ -14,9 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import library_named
+from diveq_core._terminal import check_output
 from diveq_core.cli import app
 from diveq_core.compare.adam import Moments, no_moments
-from diveq_core.compare.command import check_output
 from diveq_core.compare.images import load_images
 from diveq_core.compare.libraries import load_library
 from diveq_core.compare.patches import Patches
@@ -204,13 +204,13 @@ def test_messages(photograph, tmp_path, monkeypatch, arguments, message):
 def test_output_is_checked_before_training(tmp_path):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(CompareError, match=r"--out must be a file, got the folder"):
-        check_output("--out", tmp_path / "folder.png", ".png")
+        check_output(CompareError, "--out", tmp_path / "folder.png", ".png")
 
 
 def test_output_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(CompareError, match=r"--out must be a file that can be written, got .*, which may not"):
-        check_output("--out", tmp_path / "a.png", ".png")
+        check_output(CompareError, "--out", tmp_path / "a.png", ".png")
 
 
 def test_a_library_that_is_not_installed(photograph, tmp_path, monkeypatch):
@@ -220,7 +220,7 @@ def test_a_library_that_is_not_installed(photograph, tmp_path, monkeypatch):
     assert 'compare: --backend torch needs torch installed (pip install "diveq-core[torch]")' in result.stderr
 
 
-@pytest.mark.parametrize("module", ["rich", "typer", "sklearn"])
+@pytest.mark.parametrize("module", ["rich", "typer", "sklearn", "threadpoolctl"])
 def test_an_extra_that_is_not_installed(module):
     program = (
         f"import runpy, sys; sys.modules[{module!r}] = None; sys.argv[1:] = ['compare']; "

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from diveq_core._terminal import check_output, wide_console
 from diveq_core.bench.bars import memory_rows, saved_rows, speed_bars, speed_row
 from diveq_core.bench.comparison import Comparison, compare, growth_problems
 from diveq_core.bench.machine import busy, described, machine
 from diveq_core.bench.picture import save_picture
 from diveq_core.bench.problem import Problem, has_gpu
 from diveq_core.bench.report import as_data, bars_table, comparison_table
-from diveq_core.bench.settings import BenchError, Settings, check_output
+from diveq_core.bench.settings import BenchError, Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,12 +85,12 @@ def bench(settings: Settings, out: Path, data_out: Path | None) -> None:
     BenchError
         Before any timing, if an option or an output file is not usable.
     """
-    check_output("--out", out, ".png")
+    check_output(BenchError, "--out", out, ".png")
     if data_out is not None:
-        check_output("--json", data_out, ".json")
+        check_output(BenchError, "--json", data_out, ".json")
     if "cuda" in settings.device and not has_gpu():
         raise BenchError("--device cuda needs torch with a CUDA device, got none")
-    console = _console()
+    console = wide_console(_NARROWEST)
     found = machine()
     about = described(found)
     console.print(about, highlight=False)
@@ -125,9 +126,3 @@ def _verdict(rows: list[Row], *, quick: bool) -> str:
         return "Small sizes: the ratios say that everything runs, not whether a bar is met."
     met = [row.met for row in rows if row.met is not None]
     return f"{sum(met)} of {len(met)} bars met; {len(rows) - len(met)} not measured here"
-
-
-def _console() -> Console:
-    console = Console()
-    # A file or a pipe has no width of its own.
-    return console if console.is_terminal else Console(width=max(console.width, _NARROWEST))

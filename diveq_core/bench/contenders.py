@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from diveq_core.bench import searches, steps
-from diveq_core.bench.problem import Problem, UnavailableError
+from diveq_core.bench.problem import BACKENDS, Problem, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-BACKENDS = ("numpy", "torch", "jax", "cupy")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from diveq_core._array import Array
 
+BACKENDS = ("numpy", "torch", "jax", "cupy")
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 DEVICES = ("cpu", "cuda")
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-_BACKENDS = ("numpy", "torch", "jax", "cupy")
-_DTYPES = ("float32", "float64", "float16", "bfloat16")
-_DEVICES = ("cpu", "cuda")
+from diveq_core._terminal import UsageError, check_integer
+from diveq_core.bench.problem import BACKENDS, DEVICES, DTYPES
 
 
-class BenchError(ValueError):
-    """A message for the person at the terminal: what was wrong, what was expected and what was got."""
+class BenchError(UsageError):
+    """A benchmark that cannot be run as asked for."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +20,7 @@ class Settings:
     Parameters
     ----------
     quick : bool
-        Small sizes, seconds instead of minutes; nothing is judged by them.
+        Small sizes, in about a minute; no bar is judged by them.
     grid : bool
         Times over all combinations of the given sizes, dtypes and devices, instead of the bars.
     n, k, d : tuple of int
@@ -56,12 +51,12 @@ class Settings:
         for name in ("n", "k", "d"):
             values = self._given(name)
             for value in values:
-                _check_integer(name, value, 1)
+                check_integer(BenchError, name, value, 1)
             object.__setattr__(self, name, tuple(dict.fromkeys(values)) or default[name])
         for name, known, otherwise in (
-            ("dtype", _DTYPES, ("float32",)),
-            ("backend", _BACKENDS, ()),
-            ("device", _DEVICES, ("cpu",)),
+            ("dtype", DTYPES, ("float32",)),
+            ("backend", BACKENDS, ()),
+            ("device", DEVICES, ("cpu",)),
         ):
             values = tuple(part.strip().lower() for value in self._given(name) for part in value.split(","))
             for value in values:
@@ -70,7 +65,7 @@ class Settings:
             object.__setattr__(self, name, tuple(dict.fromkeys(values)) or otherwise)
         if self.repeats is None:
             object.__setattr__(self, "repeats", 3 if self.quick else 7)
-        _check_integer("repeats", self.repeats, 1)
+        check_integer(BenchError, "repeats", self.repeats, 1)
 
     def _given(self, name: str) -> tuple[Any, ...]:
         values = tuple(getattr(self, name))
@@ -78,20 +73,3 @@ class Settings:
             got = " ".join(f"--{name} {value}" for value in values)
             raise BenchError(f"--{name} needs --grid, since the default run has its own sizes; got {got} without it")
         return values
-
-
-def check_output(option: str, path: Path, suffix: str) -> None:
-    """Check that a file can be written, so that no measurement is lost."""
-    if path.suffix.lower() != suffix:
-        raise BenchError(f"{option} must be a file name ending in {suffix}, got {path}")
-    if path.is_dir():
-        raise BenchError(f"{option} must be a file, got the folder {path}")
-    if not path.parent.is_dir():
-        raise BenchError(f"{option} must be in a folder that exists, got {path}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise BenchError(f"{option} must be a file that can be written, got {path}, which may not")
-
-
-def _check_integer(name: str, value: Any, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise BenchError(f"--{name} must be an integer >= {at_least}, got {value}")

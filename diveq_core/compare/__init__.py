@@ -1,5 +1,7 @@
-"""One small patch autoencoder, trained once per estimator on the same photographs: ``python -m diveq_core compare``.
+"""A small patch autoencoder, trained once per estimator and seed on the same photographs.
 
-The experiment is array API code with hand-derived gradients from end to end, so it runs in any library; only
-`libraries`, which names them, and the modules that read images or draw pictures know a library by name.
+Run it with ``python -m diveq_core compare``.
+
+A training step is array API code with hand-derived gradients from end to end, so it runs in any library; NumPy
+prepares data, start and random numbers on the host, and `libraries` says how each library takes them.
 """

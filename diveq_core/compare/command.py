@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from diveq_core._terminal import check_output, wide_console
 from diveq_core.compare.images import load_images
 from diveq_core.compare.libraries import load_library
 from diveq_core.compare.patches import Patches
@@ -37,16 +37,16 @@ def compare(settings: Settings, backend: str, data: Path | None, out: Path, data
     CompareError
         Before any training, if an option, the data, the library or an output file is not usable.
     """
-    check_output("--out", out, ".png")
+    check_output(CompareError, "--out", out, ".png")
     if data_out is not None:
-        check_output("--json", data_out, ".json")
+        check_output(CompareError, "--json", data_out, ".json")
     patches = Patches(load_images(data), settings.patch)
     if settings.codewords > patches.positions:
         raise CompareError(
             f"--codewords must be at most the number of training patches, {patches.positions}, got {settings.codewords}"
         )
     library = load_library(backend)
-    console = _console()
+    console = wide_console(_NARROWEST)
     console.print(describe(patches, library, settings), highlight=False, soft_wrap=True)
     began = time.perf_counter()
     runs = train_all(Experiment(patches, library, settings), settings)
@@ -57,18 +57,6 @@ def compare(settings: Settings, backend: str, data: Path | None, out: Path, data
         data_out.write_text(json.dumps(as_data(runs, patches, library, settings), indent=1) + "\n", encoding="utf-8")
         console.print(f"Table as data: {data_out}", highlight=False, soft_wrap=True)
     console.print(f"{time.perf_counter() - began:.0f} s in all", highlight=False)
-
-
-def check_output(option: str, path: Path, suffix: str) -> None:
-    """Check that a file can be written, so that no training is lost."""
-    if path.suffix.lower() != suffix:
-        raise CompareError(f"{option} must be a file name ending in {suffix}, got {path}")
-    if path.is_dir():
-        raise CompareError(f"{option} must be a file, got the folder {path}")
-    if not path.parent.is_dir():
-        raise CompareError(f"{option} must be in a folder that exists, got {path}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise CompareError(f"{option} must be a file that can be written, got {path}, which may not")
 
 
 def describe(patches: Patches, library: Library, settings: Settings) -> str:
@@ -122,9 +110,3 @@ def train_all(experiment: Experiment, settings: Settings) -> dict[str, list[Run]
                 runs[name].append(experiment.run(name, seed, advance))
             progress.stop_task(task)
     return runs
-
-
-def _console() -> Console:
-    console = Console()
-    # A file or a pipe has no width of its own; a table squeezed into 80 columns would lose its figures.
-    return console if console.is_terminal else Console(width=max(console.width, _NARROWEST))

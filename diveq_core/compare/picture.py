@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from diveq_core.compare.recipes import RECIPES
-from diveq_core.compare.styles import style
+from diveq_core.compare.styles import STYLES
 from diveq_core.compare.tiles import Tiles
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _draw_curves(axes: Any, runs: dict[str, list[Run]], title: str) -> None:
     # Many ranges on top of each other would hide the curves.
     shade = 0.15 if len(runs) <= _IN_ONE_LINE else 0.05
     for name, row in runs.items():
-        colour, line = style(name)
+        colour, line = STYLES[name]
         steps = [step for step, _ in min((run.curve for run in row), key=len)]
         errors = np.array([[error for _, error in run.curve[: len(steps)]] for run in row])
         axes.plot(steps, errors.mean(axis=0), color=colour, linestyle=line, linewidth=1.9, label=RECIPES[name].label)
@@ -94,7 +94,7 @@ def _draw_usage(axes: Any, runs: dict[str, list[Run]]) -> None:
         return
     most = max(len(row[0].scores.counts) for row in quantized.values() if row[0].scores.counts is not None)
     for name, row in quantized.items():
-        colour, line = style(name)
+        colour, line = STYLES[name]
         counts = np.mean([np.sort(run.scores.counts)[::-1] for run in row if run.scores.counts is not None], axis=0)
         share = counts / max(counts.sum(), 1)
         axes.plot(

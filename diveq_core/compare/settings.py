@@ -6,14 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diveq_core._terminal import UsageError, check_integer
 from diveq_core.compare.recipes import DEFAULT, RECIPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-class CompareError(ValueError):
-    """A message for the person at the terminal: what was wrong, what was expected and what was got."""
+class CompareError(UsageError):
+    """A comparison that cannot be made as asked for."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("codewords", "dim", "patch", "width", "steps", "batch", "seeds", "replace_every"):
-            _check_integer(name, getattr(self, name), 1)
+            check_integer(CompareError, name, getattr(self, name), 1)
         for name in ("warmup", "seed"):
-            _check_integer(name, getattr(self, name), 0)
+            check_integer(CompareError, name, getattr(self, name), 0)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise CompareError(f"--learning-rate must be a finite number > 0, got {self.learning_rate}")
         object.__setattr__(self, "estimators", chosen_estimators(self.estimators))
@@ -87,8 +88,3 @@ def chosen_estimators(names: Iterable[str]) -> tuple[str, ...]:
     if not chosen:
         raise CompareError(f"--estimators must name at least one of {', '.join(RECIPES)}, got none")
     return tuple(dict.fromkeys(chosen))
-
-
-def _check_integer(name: str, value: int, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise CompareError(f"--{name.replace('_', '-')} must be an integer >= {at_least}, got {value}")

@@ -25,8 +25,3 @@ STYLES: dict[str, tuple[str, Any]] = {
     "fsq": ("#117733", "-"),
     "gumbel": ("#7F7F7F", (0, (5, 2))),
 }
-
-
-def style(name: str) -> tuple[str, Any]:
-    """Colour and line style of a recipe."""
-    return STYLES[name]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diveq_core.compare.recipes import RECIPES
-from diveq_core.compare.styles import style
+from diveq_core.compare.styles import STYLES
 
 if TYPE_CHECKING:
     from diveq_core.compare.patches import Patches
@@ -74,7 +74,7 @@ class Tiles:
         run = self.runs[name][0]
         reached = "diverged" if run.diverged else f"{run.scores.psnr:.1f} dB"
         title = f"{RECIPES[name].label.partition(' (')[0]}\n{reached}"
-        axes[0].set_title(title, fontsize=9, color=style(name)[0], fontweight="bold")
+        axes[0].set_title(title, fontsize=9, color=STYLES[name][0], fontweight="bold")
 
 
 def _square(image: np.ndarray, step: int) -> tuple[slice, slice]:
