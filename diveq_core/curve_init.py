@@ -81,10 +81,10 @@ def curve_init(
         raise ValueError(f"curve_init: count must be an integer >= 2, for a curve has two ends, got {count!r}")
     corners = kmeans(z, int(count), iterations=iterations, noise=noise, rng=rng, all_reduce=all_reduce).codebook
     lib = backend_of("curve_init", z=z)
-    return lib.take_rows(corners, _tour(lib, lib.astype(corners, lib.compute_dtype(corners.dtype))))
+    return lib.take_rows(corners, tour(lib, lib.astype(corners, lib.compute_dtype(corners.dtype))))
 
 
-def _tour(lib: Backend, corners: Array) -> Array:
+def tour(lib: Backend, corners: Array) -> Array:
     """Order in which every corner is followed by the nearest one left, (K,)."""
     xp = lib.xp
     centre, inverse_scale = frame(lib, corners)

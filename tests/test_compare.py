@@ -20,7 +20,6 @@ from diveq_core.compare.adam import Moments, no_moments
 from diveq_core.compare.images import load_images
 from diveq_core.compare.libraries import load_library
 from diveq_core.compare.patches import Patches
-from diveq_core.compare.quantizers import tour
 from diveq_core.compare.recipes import DEFAULT, RECIPES
 from diveq_core.compare.replacement import noise_shape, replace
 from diveq_core.compare.report import mean_and_spread
@@ -85,7 +84,8 @@ def test_same_table_in_every_library(photograph, tmp_path, name):
 
     What differs is the order of sums: about 1e-16 per step, which a step may amplify somewhat. 1e-9 leaves that
     room and is a thousand times finer than any digit shown. Counts and shares are equal as long as no vector
-    lies that close to the border between two codewords; the perplexity alone is computed in float32.
+    lies that close to the border between two codewords; perplexity and share of codewords used are float32, and
+    XLA divides by a constant as it multiplies by its inverse, an ulp off.
     """
     library_named(name)
     agree(photograph, tmp_path, name, ["--steps", 25])
@@ -119,7 +119,7 @@ def agree(photograph, tmp_path, name, arguments):
         np.testing.assert_allclose(
             np.array(actual["curves"]), np.array(expected["curves"]), rtol=1e-9, err_msg=f"{recipe} curve"
         )
-        assert actual["used_share"] == expected["used_share"]
+        np.testing.assert_allclose(actual["used_share"], expected["used_share"], rtol=2**-23, err_msg=recipe)
         assert actual["positive_share"] == expected["positive_share"]
         if recipe != "unquantized":
             np.testing.assert_allclose(actual["perplexity"], expected["perplexity"], rtol=1e-5, err_msg=recipe)
@@ -305,10 +305,6 @@ def test_levels_make_as_many_codes(codewords, codes):
     levels = chosen_levels(codewords, 8)
     assert np.prod(levels) == codes
     assert min(levels) >= 3
-
-
-def test_tour_visits_all_and_the_nearest_next():
-    np.testing.assert_array_equal(tour(np.array([[0.0], [5.0], [1.0], [7.0], [2.0]])), [0, 2, 4, 1, 3])
 
 
 def test_mean_and_spread():

@@ -10,10 +10,12 @@ from array_api_compat import array_namespace
 
 from diveq_core.codebook import EMAState, ema_init, ema_update
 from diveq_core.curve import project
+from diveq_core.curve_init import tour
 from diveq_core.diagnostics import usage
 from diveq_core.estimators import STE, Estimator
 from diveq_core.linear import linear_codebook, linear_codebook_vjp
 from diveq_core.quantize import quantize, vjp
+from diveq_core.registry import backend_of
 from diveq_core.space_filling import CurveNoise, SpaceFilling
 
 if TYPE_CHECKING:
@@ -174,7 +176,7 @@ class Curve(Codebook):
         return self
 
     def start(self, codewords: np.ndarray) -> dict[str, np.ndarray]:
-        return {"codebook": codewords[tour(codewords)]}
+        return {"codebook": codewords[tour(backend_of("compare", codewords=codewords), codewords)]}
 
     def draw(self, rng: np.random.Generator, count: int, codewords: int, dim: int) -> dict[str, np.ndarray]:
         ends = {"ends": rng.standard_normal((2, count, dim))} if self.estimator.noisy else {}
@@ -198,13 +200,3 @@ class Curve(Codebook):
         xp = array_namespace(segments)
         none = xp.zeros_like(segments[:1])
         return xp.concat([segments, none]) + xp.concat([none, segments])
-
-
-def tour(points: np.ndarray) -> np.ndarray:
-    """Order in which each point is followed by the nearest one left, so that a curve does not criss-cross the data."""
-    left, order = np.arange(1, len(points)), [0]
-    while len(left):
-        nearest = int(np.argmin(np.sum((points[left] - points[order[-1]]) ** 2, axis=1)))
-        order.append(int(left[nearest]))
-        left = np.delete(left, nearest)
-    return np.array(order)
