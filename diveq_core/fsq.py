@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import check_finite as refuse_not_finite
-from diveq_core._array import check_floating, describe
-from diveq_core.quantize import Quantized, _check_like, _flat
+from diveq_core._array import describe
+from diveq_core.call import Quantized
+from diveq_core.checks import check_floating, check_like, checked_indices, flat_rows, refuse_not_finite
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
@@ -90,11 +90,21 @@ def fsq_vjp(
 
     .. math:: g_z = \frac{b'(z)}{\lfloor L/2 \rfloor}\, g
 
+    Parameters
+    ----------
+    z, levels, check_finite
+        As in `fsq`.
+
     Returns
     -------
     out : Quantized
     pullback : callable
         ``pullback(g)`` takes the cotangent of ``z_q`` and gives that of ``z``, (..., D) both.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fsq`; ``pullback`` likewise, for a cotangent of another library, dtype or shape.
 
     Examples
     --------
@@ -108,8 +118,8 @@ def fsq_vjp(
     out = call.quantized(call.rule.forward(call.z, call.grid, call.digits, None))
 
     def pullback(g: Array, /) -> Array:
-        _check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
-        g_z, _ = call.rule.pullback(call.z, call.grid, call.digits, None, _flat(call.lib, g))
+        check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
+        g_z, _ = call.rule.pullback(call.z, call.grid, call.digits, None, flat_rows(call.lib, g))
         return call.lib.xp.reshape(g_z, call.shape)
 
     return out, pullback
@@ -122,10 +132,23 @@ def fsq_jvp(
 
     .. math:: dz_q = \frac{b'(z)}{\lfloor L/2 \rfloor}\, dz
 
+    Parameters
+    ----------
+    z, levels, check_finite
+        As in `fsq`.
+    dz : array (..., D)
+        Tangent of ``z``.
+
     Returns
     -------
     out : Quantized
     tangent : array (..., D)
+        Tangent of ``z_q``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fsq`, also for a tangent of another library, dtype or shape.
 
     Examples
     --------
@@ -136,19 +159,24 @@ def fsq_jvp(
     array([[1.998]])
     """
     call = _Call("fsq_jvp", z, levels, check_finite)
-    _check_like(call.lib, "fsq_jvp", "dz", dz, z, "z")
+    check_like(call.lib, "fsq_jvp", "dz", dz, z, "z")
     out = call.quantized(call.rule.forward(call.z, call.grid, call.digits, None))
-    tangent = call.rule.pushforward(call.z, call.grid, call.digits, None, _flat(call.lib, dz), call.grid)
+    tangent = call.rule.pushforward(call.z, call.grid, call.digits, None, flat_rows(call.lib, dz), call.grid)
     return out, call.lib.xp.reshape(tangent, call.shape)
 
 
 def fsq_decode(indices: Array, levels: Sequence[int], /, *, dtype: Any = None) -> Array:
     r"""Vectors of given indices: exactly the ``z_q`` that `fsq` gave with them.
 
+    .. math:: z_{q,j} = \frac{m_j}{\lfloor L_j/2 \rfloor} - 1, \qquad
+              m_j = \Big\lfloor i \Big/ \prod_{k < j} L_k \Big\rfloor \bmod L_j
+
     Parameters
     ----------
     indices : integer array (...)
+        As `fsq` gives them.
     levels : sequence of D integers
+        As in `fsq`.
     dtype : optional
         The library's floating dtype of the result, that of ``z``; float32 by default.
 
@@ -174,19 +202,11 @@ def fsq_decode(indices: Array, levels: Sequence[int], /, *, dtype: Any = None) -
            [ 0.5,  0.5]])
     """
     lib = backend_of("fsq_decode", indices=indices)
-    if not lib.is_integer(indices):
-        raise TypeError(f"fsq_decode: indices must have an integer dtype, got {indices.dtype}")
     levels = _checked_levels(lib, "fsq_decode", levels, None)
-    if lib.checks_finite and math.prod(indices.shape) > 0:
-        lowest, highest = int(lib.xp.min(indices)), int(lib.xp.max(indices))
-        if lowest < -1 or highest >= math.prod(levels):
-            raise ValueError(
-                f"fsq_decode: indices must lie in [0, {math.prod(levels)}) for levels {list(levels)}, or be -1 for a "
-                f"vector that is not finite, got values from {lowest} to {highest}"
-            )
+    indices = checked_indices(lib, "fsq_decode", indices, math.prod(levels), bound="product of levels")
     xp = lib.xp
     dtype = xp.float32 if dtype is None else dtype
-    indices = xp.expand_dims(lib.as_indices(indices), axis=-1)
+    indices = xp.expand_dims(indices, axis=-1)
     levels_, places = (_row(lib, x, indices.dtype, indices) for x in (levels, _places(levels)))
     digits = indices // places % levels_
     z_q = lib.astype(_level(lib, digits, levels, lib.compute_dtype(dtype)), dtype)
@@ -229,18 +249,17 @@ class _Call:
         lib = backend_of(function, z=z)
         check_floating(lib, function, z=z)
         levels = _checked_levels(lib, function, levels, z)
-        if lib.checks_finite if finite is None else finite:
-            refuse_not_finite(lib, function, z=z)
+        refuse_not_finite(lib, function, finite, z=z)
         xp = lib.xp
         dtype = lib.compute_dtype(z.dtype)
         self.lib, self.shape, self.rule = lib, tuple(z.shape), _FSQRule(lib, levels)
-        self.z = _flat(lib, z)
+        self.z = flat_rows(lib, z)
         offsets = [0.0 if level % 2 else 0.5 for level in levels]
         halves = [(level - 1) * (1 - _MARGIN) / 2 for level in levels]
         shifts = [math.atanh(o / h) for o, h in zip(offsets, halves, strict=True)]
         row = partial(_row, lib, dtype=dtype, like=z)
         half, offset, shift = row(halves), row(offsets), row(shifts)
-        self.grid = xp.concat([half, offset, shift]) if hasattr(xp, "concat") else xp.concatenate([half, offset, shift])
+        self.grid = xp.concat([half, offset, shift])
         flat = lib.astype(lib.stop_gradient(self.z), dtype)
         rounded = xp.round(xp.tanh(flat + shift) * half - offset)
         whole = xp.all(xp.isfinite(flat), axis=-1, keepdims=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import check_codebook, check_floating, check_option, describe
-from diveq_core._array import check_finite as refuse_not_finite
-from diveq_core.quantize import Quantized, _check_like, _flat
+from diveq_core._array import check_option, describe
+from diveq_core.call import Quantized
+from diveq_core.checks import check_codebook, check_floating, check_like, flat_rows, refuse_not_finite
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
@@ -114,11 +114,23 @@ def gumbel_vjp(
 
     .. math:: g_l = \frac1\tau (\operatorname{diag} y - y y^T) E g, \qquad g_{E_k} = \sum_{n : i_n = k} g_n
 
+    Parameters
+    ----------
+    logits, codebook, estimator, noise, rng, check_finite
+        As in `gumbel_quantize`.
+
     Returns
     -------
     out : Quantized
     pullback : callable
-        ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_logits, g_codebook)``.
+        ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_logits, g_codebook)``, (..., K) and
+        (K, D), in the dtypes of ``logits`` and ``codebook``. A row of logits that is not finite adds nothing to
+        ``g_codebook``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `gumbel_quantize`; ``pullback`` likewise, for a cotangent of another library, dtype or shape.
 
     Examples
     --------
@@ -137,8 +149,8 @@ def gumbel_vjp(
     out = call.quantized(call.rule.forward(call.logits, codebook, call.indices, call.noise))
 
     def pullback(g: Array, /) -> tuple[Array, Array]:
-        _check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
-        rows = _flat(call.lib, g)
+        check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
+        rows = flat_rows(call.lib, g)
         g_logits, g_codebook = call.rule.pullback(call.logits, codebook, call.indices, call.noise, rows)
         return call.lib.xp.reshape(g_logits, tuple(logits.shape)), g_codebook
 
@@ -161,10 +173,25 @@ def gumbel_jvp(
 
     .. math:: dz_q = dE_i + \frac1\tau E^T (\operatorname{diag} y - y y^T)\, dl
 
+    Parameters
+    ----------
+    logits, codebook, estimator, noise, rng, check_finite
+        As in `gumbel_quantize`.
+    dlogits : array (..., K)
+        Tangent of ``logits``.
+    dcodebook : array (K, D)
+        Tangent of ``codebook``.
+
     Returns
     -------
     out : Quantized
     tangent : array (..., D)
+        Tangent of ``z_q``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `gumbel_quantize`, also for tangents of another library, dtype or shape.
 
     Examples
     --------
@@ -178,10 +205,10 @@ def gumbel_jvp(
     array([[1., 2.]])
     """
     call = _Call("gumbel_jvp", logits, codebook, estimator, noise, rng, check_finite)
-    _check_like(call.lib, "gumbel_jvp", "dlogits", dlogits, logits, "logits")
-    _check_like(call.lib, "gumbel_jvp", "dcodebook", dcodebook, codebook, "codebook")
+    check_like(call.lib, "gumbel_jvp", "dlogits", dlogits, logits, "logits")
+    check_like(call.lib, "gumbel_jvp", "dcodebook", dcodebook, codebook, "codebook")
     out = call.quantized(call.rule.forward(call.logits, codebook, call.indices, call.noise))
-    rows = _flat(call.lib, dlogits)
+    rows = flat_rows(call.lib, dlogits)
     tangent = call.rule.pushforward(call.logits, codebook, call.indices, call.noise, rows, dcodebook)
     return out, call.lib.xp.reshape(tangent, tuple(out.z_q.shape))
 
@@ -261,17 +288,16 @@ class _Call:
                 f"{function}: logits must have shape (..., K) with K = {count} as in the codebook "
                 f"{tuple(codebook.shape)}, got {tuple(logits.shape)}"
             )
-        if lib.checks_finite if finite is None else finite:
-            refuse_not_finite(lib, function, logits=logits, codebook=codebook)
+        refuse_not_finite(lib, function, finite, logits=logits, codebook=codebook)
         if noise is not None:
-            _check_like(lib, function, "noise", noise, logits, "logits")
+            check_like(lib, function, "noise", noise, logits, "logits")
         xp = lib.xp
         dtype = lib.compute_dtype(lib.result_dtype(logits, codebook))
         if noise is None:
             noise = _standard_gumbel(lib, function, logits, rng, dtype)
         self.lib, self.rule = lib, _GumbelRule(lib, estimator)
         self.shape = (*(int(n) for n in logits.shape[:-1]), codebook.shape[1])
-        self.logits, self.noise = _flat(lib, logits), _flat(lib, noise)
+        self.logits, self.noise = flat_rows(lib, logits), flat_rows(lib, noise)
         total = lib.astype(lib.stop_gradient(self.logits), dtype) + lib.astype(self.noise, dtype)
         whole = xp.all(xp.isfinite(total), axis=-1)
         # MLX has no argmax of no rows.

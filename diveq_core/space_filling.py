@@ -15,7 +15,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core._array import Array, Direction, check_floating, check_option, check_shape, describe
+from diveq_core._array import Array, Direction, check_option, describe
+from diveq_core.checks import check_codebook, check_floating, check_shape
 from diveq_core.estimators import Estimator
 from diveq_core.registry import backend_of
 from diveq_core.rule import Rule
@@ -39,14 +40,16 @@ class SpaceFilling(Estimator):
 
     sigma: float = 0.0
 
+    @property
+    def hard(self) -> bool:
+        """Never: the output is a point between codewords."""
+        return False
+
     def prepare(self, function: str, lib: Backend, z: Array, codebook: Array, noise: Any, rng: Any) -> CurveNoise:
         """Check the noise, or draw it."""
-        if codebook.shape[0] < 2:
-            raise ValueError(
-                f"{function}: the codebook of a curve must have shape (K, D) with K >= 2, got {tuple(codebook.shape)}"
-            )
+        check_codebook(function, codebook, at_least=2)
         if noise is None:
-            streams = lib.streams(rng, 2)
+            streams = lib.streams(function, rng, 2)
             pair = lib.xp.zeros((2, codebook.shape[0] - 1), dtype=codebook.dtype, **lib.place(codebook))
             normal = lib.standard_normal(function, pair, streams[0])
             # The angle of a normal pair is uniform.
@@ -167,10 +170,6 @@ class SFDiVeQ(SpaceFilling):
     @property
     def noisy(self) -> bool:
         return self.sigma > 0
-
-    @property
-    def hard(self) -> bool:
-        return self.sigma == 0
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,8 @@ def bound(cases: str, library: str) -> str:
 
 ESTIMATORS, RADIUS, ARRAY, RULE = (f"diveq_core/{name}.py" for name in ("estimators", "radius", "_array", "rule"))
 NUMPY, TORCH, JAX = (f"backends/diveq_{name}/__init__.py" for name in ("numpy", "torch", "jax"))
-ROTATION, SPACE_FILLING, COMPOSE = (f"diveq_core/{name}.py" for name in ("rotation", "space_filling", "compose"))
+ROTATION, SPACE_FILLING = (f"diveq_core/{name}.py" for name in ("rotation", "space_filling"))
+RESIDUAL, PRODUCT = (f"diveq_core/{name}.py" for name in ("residual", "product"))
 CURVE_MODULE, FSQ, GUMBEL = (f"diveq_core/{name}.py" for name in ("curve", "fsq", "gumbel"))
 CURVE = "test_space_filling.py torch or dithered"
 TORCH_BIND, JAX_BIND = "backends/diveq_torch/bind.py", "backends/diveq_jax/bind.py"
@@ -576,21 +577,21 @@ MUTANTS = (
     ),
     Mutant(
         "residual: the residual not reduced",
-        COMPOSE,
+        RESIDUAL,
         "residual = residual - outs[-1].z_q",
         "residual = residual",
         "test_compose.py autograd",
     ),
     Mutant(
         "residual: chain cut",
-        COMPOSE,
+        RESIDUAL,
         "g_q = g if g_residual is None else g - g_residual",
         "g_q = g",
         "test_compose.py autograd",
     ),
     Mutant(
         "product: groups overlap",
-        COMPOSE,
+        PRODUCT,
         "slice(part * width, (part + 1) * width)",
         "slice(0, width)",
         "test_compose.py decode",

@@ -185,7 +185,7 @@ def test_errors_of_the_equivalent_losss_radius(library: Library):
 def test_errors_of_counts(library: Library):
     with pytest.raises(TypeError, match=r"^usage: indices must have an integer dtype, got .*float32"):
         dq.usage(library.to(np.zeros(3, np.float32)), 3)
-    for wrong in (0, -1, 2.0, None):
+    for wrong in (0, -1, 2.0, None, True):
         with pytest.raises(ValueError, match=rf"^usage: count must be an integer >= 1, got {re.escape(repr(wrong))}$"):
             dq.usage(library.to(np.zeros(3, int)), wrong)
     with pytest.raises(TypeError, match=r"^usage: indices must be an array .*, got builtins\.list$"):
@@ -201,8 +201,12 @@ def test_errors_of_counts(library: Library):
 
 
 def test_usage_refuses_in_numpy_what_it_would_drop():
-    with pytest.raises(ValueError, match=r"^usage: indices must lie in \[-1, count\) with count = 3, got 3$"):
-        dq.usage(np.array([0, 3]), 3)
+    for values in ([0, 3], [-7, 1]):
+        with pytest.raises(
+            ValueError, match=r"^usage: indices must lie in \[0, count\) with count = 3, or be -1"
+        ) as error:
+            dq.usage(np.array(values), 3)
+        assert str(error.value).endswith(f"got values from {values[0]} to {values[1]}")
 
 
 def test_mixed_dtypes(library: Library):

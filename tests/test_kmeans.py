@@ -194,6 +194,11 @@ def test_errors(library: Library):
     for wrong in (0, True, -1):
         with pytest.raises(ValueError, match=r"^kmeans_plus_plus: the size of the codebook must be an integer"):
             dq.kmeans_plus_plus(z, wrong)
+    for wrong in (True, False):
+        with pytest.raises(
+            ValueError, match=rf"^kmeans: the size of the codebook must be an integer >= 1, got {wrong}$"
+        ):
+            dq.kmeans(z, wrong)
     for wrong in (-1, 1.5, True):
         with pytest.raises(ValueError, match=r"^kmeans: iterations must be an integer >= 0, got"):
             dq.kmeans(z, z, iterations=wrong)
