@@ -10,7 +10,7 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core._array import Array, power_of_two
+from diveq_core._array import Array, one_where, power_of_two
 from diveq_core.checks import check_floating, check_pair, checked_count, flat_rows
 from diveq_core.ranks import Ranks, drawn_noise, finite_rows, uniform
 from diveq_core.registry import backend_of
@@ -186,7 +186,8 @@ class _Frame:
         total = self.ranks.sum(xp.sum(self.weights))
         if lib.is_concrete(total) and float(total) == 0:
             raise ValueError(f"{function}: z must have at least one finite vector, got none of {rows.shape[0]}")
-        share = 1 / total
+        # Where values cannot be read there may be none: the codebook is then zeros rather than NaN.
+        share = 1 / one_where(lib, total == 0, total)
         # Divided first: the sum of large vectors may overflow.
         self.mean = self.ranks.sum(xp.sum(rows * share, axis=0))
         d = xp.where(finite[:, None], rows - self.mean, xp.zeros_like(rows))
