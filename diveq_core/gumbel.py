@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import check_option, describe
+from diveq_core._array import check_option, describe, zero_rows
 from diveq_core.call import Quantized
 from diveq_core.checks import check_codebook, check_floating, check_like, flat_rows, refuse_not_finite
 from diveq_core.registry import backend_of
@@ -230,8 +230,9 @@ class _GumbelRule:
         g_logits = self._centred(y, lib.matmul(g, lib.xp.matrix_transpose(codewords)))
         g_codebook = lib.segment_sum(g, indices, codebook.shape[0])
         if lib.records(logits):
-            # Nothing in value, but the derivative of y, which the next order of derivative asks for.
-            g_codebook = g_codebook + lib.matmul(lib.xp.matrix_transpose(y - lib.stop_gradient(y)), g)
+            # A sum over rows, which one that is not finite would make NaN.
+            kept = zero_rows(lib, lib.xp.expand_dims(indices < 0, axis=1), g)
+            g_codebook = g_codebook + lib.matmul(lib.xp.matrix_transpose(self._live(y, indices)), kept)
         return lib.astype(g_logits, logits.dtype), lib.astype(g_codebook, codebook.dtype)
 
     def pushforward(
@@ -243,12 +244,16 @@ class _GumbelRule:
         dcodewords = lib.astype(dcodebook, dtype)
         moved = moved + lib.take_rows(dcodewords, indices)
         if lib.records(logits):
-            moved = moved + lib.matmul(y - lib.stop_gradient(y), dcodewords)
+            moved = moved + lib.matmul(self._live(y, indices), dcodewords)
         return lib.astype(moved, lib.result_dtype(logits, codebook))
 
     def _centred(self, y: Array, x: Array) -> Array:
         """``(diag y - y y^T) x / tau``: symmetric, so it serves both directions."""
         return y * (x - self.lib.dot(y, x)) / self.estimator.temperature
+
+    def _live(self, y: Array, indices: Array) -> Array:
+        """``y - sg[y]``: nothing in value, but the derivative of y, which the next order of derivative asks for."""
+        return zero_rows(self.lib, self.lib.xp.expand_dims(indices < 0, axis=1), y - self.lib.stop_gradient(y))
 
     def _soft(self, logits: Array, noise: Array, dtype: Any) -> Array:
         """``softmax((l + gumbel) / tau)``, (N, K)."""
