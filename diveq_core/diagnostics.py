@@ -86,10 +86,10 @@ def positive_share(g: Array, z: Array, q: Array, /) -> Array:
     >>> float(dq.positive_share(g, z, q))
     0.5
     """
-    c = coefficient(g, z, q)
-    lib = backend_of("positive_share", c=c)
-    positive = lib.astype(c > 0, lib.compute_dtype(c.dtype))
-    return lib.xp.sum(positive) / (math.prod(c.shape) or math.nan)
+    lib = _check_rows("positive_share", g=g, z=z, q=q)
+    # Before it is rounded to 16 bits, where a small price would be none.
+    c = _price(lib, g, z, q)
+    return lib.xp.sum(lib.astype(c > 0, c.dtype)) / (math.prod(c.shape) or math.nan)
 
 
 def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Array, Array], Array], /) -> Array:

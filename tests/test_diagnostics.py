@@ -68,6 +68,15 @@ def test_float16_coefficients_are_summed_in_float32(library: Library):
     assert_close(dq.coefficient(g, z, q), np.zeros(1, np.float16), library)
 
 
+def test_small_float16_prices_are_positive(library: Library):
+    if not library.float16:
+        pytest.skip(f"{library.name} has no float16")
+    # 1e-8 is 0 in float16.
+    g, z, q = (library.to(np.full((3, 1), value, np.float16)) for value in (1e-4, 0.0, 1e-4))
+    assert float(library.back(dq.coefficient(g, z, q))[0]) == 0
+    assert float(dq.positive_share(g, z, q)) == 1
+
+
 @pytest.mark.parametrize("radius", RADII, ids=repr)
 def test_equivalent_loss(library: Library, radius: dq.Radius):
     g, z, q = (x.reshape(2, 2, 3) for x in rows(4))
@@ -158,7 +167,7 @@ def test_perplexity_and_used_share(library: Library, counts: list[int], effectiv
 @pytest.mark.parametrize("function", [dq.coefficient, dq.positive_share, dq.equivalent_loss])
 def test_errors_of_rows(library: Library, function):
     more = (dq.Power(1.0),) if function is dq.equivalent_loss else ()
-    name = "equivalent_loss" if more else "coefficient"
+    name = function.__name__
     g, z, q = (library.to(x) for x in rows(4))
     with pytest.raises(ValueError, match=rf"^{name}: g must have the shape of z, \(4, 3\), got \(2, 3\)$"):
         function(g[:2, :], z, q, *more)
