@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import diveq_core as dq
 from conftest import Library, assert_close
+from diveq_core.registry import backend_of
 
 ESTIMATORS = [dq.SFDiVeQDetach(), dq.SFDiVeQ(0.3)]
 
@@ -141,6 +142,27 @@ def test_noise_is_drawn_once_per_segment_and_independently_per_end(library: Libr
 @pytest.mark.parametrize("estimator", [dq.SFDiVeQDetach(), dq.SFDiVeQ(), dq.SFDiVeQ(0.0)], ids=repr)
 def test_the_output_is_no_codeword(estimator: Any) -> None:
     assert not estimator.hard
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_drawn_dither_is_below_one(dtype: type) -> None:
+    """float16 would round one in 4096 of them to one."""
+    codebook = np.zeros((50_001, 1), dtype)
+    lib = backend_of("test", codebook=codebook)
+    rng = np.random.default_rng(0)
+    dither = dq.SFDiVeQDetach().prepare("test", lib, codebook[:1], codebook, None, rng).dither
+    assert dither.shape == (50_000,)
+    assert dither.min() >= 0
+    assert dither.max() < 1
+    assert abs(dither.mean() - 0.5) < 0.01
+
+
+def test_the_angle_that_would_be_one_is_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    codebook = np.zeros((4, 1))
+    lib = backend_of("test", codebook=codebook)
+    # The pair (0, -1), whose angle is pi.
+    monkeypatch.setattr(lib, "standard_normal", lambda function, like, rng: like - np.array([0.0, 1.0]))
+    assert dq.SFDiVeQDetach().prepare("test", lib, codebook[:1], codebook, None, None).dither.max() < 1
 
 
 def brute_force(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
