@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from diveq_core._array import describe
 from diveq_core.call import Quantized
 from diveq_core.checks import check_floating, check_like, checked_indices, flat_rows, refuse_not_finite
+from diveq_core.fsq_rule import FSQRule, level_of, row_of
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
@@ -207,39 +207,10 @@ def fsq_decode(indices: Array, levels: Sequence[int], /, *, dtype: Any = None) -
     xp = lib.xp
     dtype = xp.float32 if dtype is None else dtype
     indices = xp.expand_dims(indices, axis=-1)
-    levels_, places = (_row(lib, x, indices.dtype, indices) for x in (levels, _places(levels)))
+    levels_, places = (row_of(lib, x, indices.dtype, indices) for x in (levels, _places(levels)))
     digits = indices // places % levels_
-    z_q = lib.astype(_level(lib, digits, levels, lib.compute_dtype(dtype)), dtype)
+    z_q = lib.astype(level_of(lib, digits, levels, lib.compute_dtype(dtype)), dtype)
     return xp.where(indices < 0, xp.full_like(z_q, float("nan")), z_q)
-
-
-@dataclass(frozen=True)
-class _FSQRule:
-    """Forward, pullback and pushforward over ``z`` (N, D) and digits (N, D), -1 in rows that are not finite.
-
-    The codebook's place is taken by the grid (3, D), whose rows are h, o and the shift: constants.
-    """
-
-    lib: Backend
-    levels: tuple[int, ...]
-
-    def forward(self, z: Array, grid: Array, digits: Array, noise: None) -> Array:
-        lib = self.lib
-        z_q = _level(lib, digits, self.levels, grid.dtype)
-        return lib.astype(lib.xp.where(digits < 0, lib.xp.full_like(z_q, float("nan")), z_q), z.dtype)
-
-    def pullback(self, z: Array, grid: Array, digits: Array, noise: None, g: Array) -> tuple[Array, Array]:
-        return self.pushforward(z, grid, digits, noise, g, grid), self.lib.xp.zeros_like(grid)
-
-    def pushforward(self, z: Array, grid: Array, digits: Array, noise: None, dz: Array, dgrid: Array) -> Array:
-        """The derivative is diagonal, so it is its own transpose."""
-        lib = self.lib
-        half, _, shift = (grid[row : row + 1, :] for row in range(3))
-        halves = _row(lib, [level // 2 for level in self.levels], grid.dtype, z)
-        tanh = lib.xp.tanh(lib.astype(z, grid.dtype) + shift)
-        # 1 - tanh^2 as a product loses no digits where tanh is near 1.
-        slope = half * ((1 - tanh) * (1 + tanh)) / halves
-        return lib.astype(slope * lib.astype(dz, grid.dtype), z.dtype)
 
 
 class _Call:
@@ -252,12 +223,12 @@ class _Call:
         refuse_not_finite(lib, function, finite, z=z)
         xp = lib.xp
         dtype = lib.compute_dtype(z.dtype)
-        self.lib, self.shape, self.rule = lib, tuple(z.shape), _FSQRule(lib, levels)
+        self.lib, self.shape, self.rule = lib, tuple(z.shape), FSQRule(lib, levels)
         self.z = flat_rows(lib, z)
         offsets = [0.0 if level % 2 else 0.5 for level in levels]
         halves = [(level - 1) * (1 - _MARGIN) / 2 for level in levels]
         shifts = [math.atanh(o / h) for o, h in zip(offsets, halves, strict=True)]
-        row = partial(_row, lib, dtype=dtype, like=z)
+        row = partial(row_of, lib, dtype=dtype, like=z)
         half, offset, shift = row(halves), row(offsets), row(shifts)
         self.grid = xp.concat([half, offset, shift])
         flat = lib.astype(lib.stop_gradient(self.z), dtype)
@@ -265,9 +236,9 @@ class _Call:
         whole = xp.all(xp.isfinite(flat), axis=-1, keepdims=True)
         index_dtype = _index_dtype(lib)
         zeroed = lib.astype(xp.where(whole, rounded, xp.zeros_like(rounded)), index_dtype)
-        digits = zeroed + _row(lib, [level // 2 for level in levels], index_dtype, z)
+        digits = zeroed + row_of(lib, [level // 2 for level in levels], index_dtype, z)
         self.digits = xp.where(whole, digits, -xp.ones_like(digits))
-        weighted = digits * _row(lib, _places(levels), index_dtype, z)
+        weighted = digits * row_of(lib, _places(levels), index_dtype, z)
         indices = lib.astype(xp.sum(weighted, axis=-1), index_dtype)
         whole = xp.reshape(whole, tuple(indices.shape))
         self.indices = xp.where(whole, indices, -xp.ones_like(indices))
@@ -280,16 +251,6 @@ class _Call:
 def _places(levels: Sequence[int]) -> list[int]:
     """Value of each digit: the product of the levels before it."""
     return [math.prod(levels[:position]) for position in range(len(levels))]
-
-
-def _row(lib: Backend, values: Sequence[float], dtype: Any, like: Array) -> Array:
-    return lib.xp.asarray([list(values)], dtype=dtype, **lib.place(like))
-
-
-def _level(lib: Backend, digits: Array, levels: Sequence[int], dtype: Any) -> Array:
-    """``(digit - floor(L / 2)) / floor(L / 2)``, which encoder and decoder share so that they agree bit for bit."""
-    halves = _row(lib, [level // 2 for level in levels], dtype, digits)
-    return (lib.astype(digits, dtype) - halves) / halves
 
 
 def _index_dtype(lib: Backend) -> Any:

@@ -92,7 +92,8 @@ ESTIMATORS, RADIUS, ARRAY, RULE = (f"diveq_core/{name}.py" for name in ("estimat
 NUMPY, TORCH, JAX = (f"backends/diveq_{name}/__init__.py" for name in ("numpy", "torch", "jax"))
 ROTATION, SPACE_FILLING = (f"diveq_core/{name}.py" for name in ("rotation", "space_filling"))
 RESIDUAL, PRODUCT = (f"diveq_core/{name}.py" for name in ("residual", "product"))
-CURVE_MODULE, FSQ, GUMBEL = (f"diveq_core/{name}.py" for name in ("curve", "fsq", "gumbel"))
+CURVE_MODULE, FSQ = (f"diveq_core/{name}.py" for name in ("curve", "fsq"))
+FSQ_RULE, GUMBEL_RULE = (f"diveq_core/{name}.py" for name in ("fsq_rule", "gumbel_rule"))
 CURVE = "test_space_filling.py torch or dithered"
 TORCH_BIND, JAX_BIND = "backends/diveq_torch/bind.py", "backends/diveq_jax/bind.py"
 G_Q = "        g_q = u.times(w.dot(lib, g))\n"
@@ -599,19 +600,26 @@ MUTANTS = (
     Mutant("FSQ: the paper's tan", FSQ, "math.atanh(o / h)", "math.tan(o / h)", "test_fsq.py numpy"),
     Mutant(
         "FSQ: scale of the gradient",
-        FSQ,
+        FSQ_RULE,
         "((1 - tanh) * (1 + tanh)) / halves",
         "((1 - tanh) * (1 + tanh))",
         "test_fsq.py torch",
     ),
     Mutant(
         "Gumbel: temperature lost",
-        GUMBEL,
+        GUMBEL_RULE,
         "y * (x - self.lib.dot(y, x)) / self.estimator.temperature",
         "y * (x - self.lib.dot(y, x))",
         "test_gumbel.py torch",
     ),
-    Mutant("Gumbel: y y^T lost", GUMBEL, "y * (x - self.lib.dot(y, x))", "y * x", "test_gumbel.py torch"),
+    Mutant(
+        "Gumbel: a row that is not finite in the codebook's gradient",
+        GUMBEL_RULE,
+        "kept = zero_rows(lib, lib.xp.expand_dims(indices < 0, axis=1), g)",
+        "kept = g",
+        "test_gumbel.py not_finite_adds and jax",
+    ),
+    Mutant("Gumbel: y y^T lost", GUMBEL_RULE, "y * (x - self.lib.dot(y, x))", "y * x", "test_gumbel.py torch"),
 )
 
 
