@@ -1,12 +1,14 @@
 """Differentiable vector quantization for every array library."""
 
 from diveq_core.backend import Backend
-from diveq_core.codebook import EMAState, Replaced, ema_init, ema_update, replace_unused
-from diveq_core.compose import Composite, Product, Residual
+from diveq_core.call import Quantized
+from diveq_core.codebook import EMAState, ema_init, ema_update
+from diveq_core.compose import Composite
 from diveq_core.cosine import nearest_cosine, normalize, normalize_vjp
 from diveq_core.curve import Projected, decode_curve, project
 from diveq_core.curve_init import curve_init
 from diveq_core.custom_radius import CustomRadius
+from diveq_core.decoding import decode, lookup
 from diveq_core.diagnostics import coefficient, equivalent_loss, perplexity, positive_share, usage, used_share
 from diveq_core.estimators import NSVQ, STE, DiVeQ, DiVeQDetach, Estimator, Radial
 from diveq_core.fsq import fsq, fsq_decode, fsq_jvp, fsq_vjp
@@ -20,9 +22,12 @@ from diveq_core.linear import (
     linear_codebook_vjp,
 )
 from diveq_core.losses import codebook_loss, codebook_loss_vjp, commitment_loss, commitment_loss_vjp
-from diveq_core.quantize import Quantized, decode, jvp, lookup, nearest, quantize, vjp
+from diveq_core.product import Product
+from diveq_core.quantize import jvp, nearest, quantize, vjp
 from diveq_core.radius import Cosine, Mahalanobis, PNorm, Power, PseudoHuber, Radius
 from diveq_core.registry import register
+from diveq_core.replacement import Replaced, replace_unused
+from diveq_core.residual import Residual
 from diveq_core.rotation import Rotation
 from diveq_core.space_filling import CurveNoise, SFDiVeQ, SFDiVeQDetach
 

@@ -1,4 +1,4 @@
-"""Checks, dtypes and overflow-free row geometry, in array API functions only."""
+"""Overflow-free row geometry and exact scales, in array API functions only."""
 
 from __future__ import annotations
 
@@ -19,53 +19,6 @@ def describe(x: object) -> str:
     """``module.type`` of an object, for error texts."""
     kind = type(x)
     return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def check_floating(lib: Backend, function: str, **arrays: Array) -> None:
-    """Refuse dtypes that are not real floating point."""
-    for name, x in arrays.items():
-        if not lib.is_floating(x):
-            raise TypeError(
-                f"{function}: {name} must have a real floating dtype (float16, bfloat16, float32 or "
-                f"float64), got {x.dtype}"
-            )
-
-
-def check_pair(lib: Backend, function: str, z: Array, codebook: Array) -> None:
-    """Check the shapes and dtypes of ``z`` (..., D) and ``codebook`` (K, D)."""
-    check_floating(lib, function, z=z, codebook=codebook)
-    check_codebook(function, codebook)
-    if z.ndim < 1 or z.shape[-1] != codebook.shape[-1]:
-        raise ValueError(
-            f"{function}: z must have shape (..., D) with D = {codebook.shape[-1]} as in the codebook "
-            f"{tuple(codebook.shape)}, got {tuple(z.shape)}"
-        )
-
-
-def check_codebook(function: str, codebook: Array) -> None:
-    """Check that a codebook is (K, D) with K and D at least 1."""
-    if codebook.ndim != 2 or codebook.shape[0] < 1 or codebook.shape[1] < 1:
-        raise ValueError(
-            f"{function}: codebook must have shape (K, D) with K >= 1 and D >= 1, got {tuple(codebook.shape)}"
-        )
-
-
-def check_shape(function: str, name: str, x: Array, shape: tuple[int, ...], like: str) -> None:
-    """Check that ``x`` has exactly the given shape."""
-    if tuple(x.shape) != tuple(shape):
-        raise ValueError(f"{function}: {name} must have the shape of {like}, {tuple(shape)}, got {tuple(x.shape)}")
-
-
-def check_finite(lib: Backend, function: str, **arrays: Array) -> None:
-    """Refuse NaN and infinity; reads values, so it synchronises on a device."""
-    for name, x in arrays.items():
-        if not lib.is_concrete(x):
-            raise ValueError(
-                f"{function}: check_finite=True reads the values of {name}, which have none while being "
-                f"traced; check outside the traced function, or pass check_finite=False"
-            )
-        if not lib.all_finite(x):
-            raise ValueError(f"{function}: {name} must be finite, got NaN or infinity in {name}")
 
 
 def check_option(owner: object, name: str, *, above: float | None = None, at_least: float | None = None) -> None:

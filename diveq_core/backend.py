@@ -122,7 +122,7 @@ class Backend:
         drawn = rng.standard_normal(tuple(z.shape)).tolist()
         return self.astype(self.xp.asarray(drawn, dtype=self.compute_dtype(z.dtype)), z.dtype)
 
-    def streams(self, rng: Any, count: int) -> list[Any]:
+    def streams(self, function: str, rng: Any, count: int) -> list[Any]:
         """``rng`` for each of so many draws."""
         return [rng] * count
 

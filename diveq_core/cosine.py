@@ -5,10 +5,10 @@ r"""Search by direction: vectors and codewords on the unit sphere.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
-from diveq_core._array import Array, check_finite, check_floating, check_pair, check_shape, safe_inverse
+from diveq_core._array import Array, safe_inverse
+from diveq_core.checks import check_floating, check_like, check_pair, check_vectors, flat_rows, refuse_not_finite
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
 
     .. math:: g_x = \frac{1}{\|x\|}\,(g - \langle g, \hat x\rangle \hat x), \qquad 0 \text{ where } x = 0
 
-    Parameters are those of `normalize`.
+    Parameters
+    ----------
+    x : array (..., D)
+        As in `normalize`.
 
     Returns
     -------
@@ -80,10 +83,8 @@ def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
     rho, u = _polar(lib, x)
 
     def pullback(g: Array, /) -> Array:
-        backend_of("pullback", x=x, g=g)
-        check_floating(lib, "pullback", g=g)
-        check_shape("pullback", "g", g, tuple(x.shape), "x")
-        flat = lib.astype(xp.reshape(g, tuple(u.shape)), u.dtype)
+        check_like(lib, "pullback", "g", g, x, "x")
+        flat = lib.astype(flat_rows(lib, g), u.dtype)
         across = (flat - lib.dot(flat, u) * u) * safe_inverse(lib, rho)
         return xp.reshape(lib.astype(xp.where(rho > 0, across, xp.zeros_like(u)), x.dtype), tuple(x.shape))
 
@@ -126,8 +127,7 @@ def nearest_cosine(z: Array, codebook: Array, /, *, check_finite: bool | None = 
     """
     lib = backend_of("nearest_cosine", z=z, codebook=codebook)
     check_pair(lib, "nearest_cosine", z, codebook)
-    if lib.checks_finite if check_finite is None else check_finite:
-        _check_finite(lib, z, codebook)
+    refuse_not_finite(lib, "nearest_cosine", check_finite, z=z, codebook=codebook)
     xp = lib.xp
     rho, words = _polar(lib, lib.stop_gradient(codebook))
     _, rows = _polar(lib, lib.stop_gradient(z))
@@ -139,19 +139,13 @@ def nearest_cosine(z: Array, codebook: Array, /, *, check_finite: bool | None = 
     return xp.reshape(lib.search(rows, words), tuple(z.shape[:-1]))
 
 
-def _check_finite(lib: Backend, z: Array, codebook: Array) -> None:
-    check_finite(lib, "nearest_cosine", z=z, codebook=codebook)
-
-
 def _polar(lib: Backend, x: Array) -> tuple[Array, Array]:
     """Lengths (N, 1) and directions (N, D) in the compute dtype."""
-    rows = lib.xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
-    return lib.polar(lib.astype(rows, lib.compute_dtype(x.dtype)))
+    return lib.polar(lib.astype(flat_rows(lib, x), lib.compute_dtype(x.dtype)))
 
 
 def _check(function: str, x: Array) -> Backend:
     lib = backend_of(function, x=x)
     check_floating(lib, function, x=x)
-    if x.ndim < 1 or x.shape[-1] < 1:
-        raise ValueError(f"{function}: x must have shape (..., D) with D >= 1, got {tuple(x.shape)}")
+    check_vectors(function, "x", x)
     return lib

@@ -8,7 +8,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from diveq_core._array import Array, check_finite, check_floating, check_pair, check_shape, one_where, row_scale
+from diveq_core._array import Array, one_where, row_scale
+from diveq_core.checks import (
+    check_codebook,
+    check_floating,
+    check_pair,
+    check_shape,
+    checked_indices,
+    flat_rows,
+    refuse_not_finite,
+)
 from diveq_core.registry import backend_of
 from diveq_core.search import frame, rows_per_chunk
 from diveq_core.space_filling import on_segment
@@ -31,7 +40,10 @@ class Projected(NamedTuple):
 
 
 def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Projected:
-    """Nearest point of the whole curve through the codewords; no derivative flows through it.
+    r"""Nearest point of the whole curve through the codewords; no derivative flows through it.
+
+    .. math:: z_q = (1 - t) E_i + t E_{i+1}, \qquad
+              (i, t) = \arg\min_{k,\, s \in [0, 1]} \|z - (1 - s) E_k - s E_{k+1}\|
 
     Parameters
     ----------
@@ -69,11 +81,12 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     (array([0]), array([0.25]))
     """
     lib = backend_of("project", z=z, codebook=codebook)
-    _check_curve(lib, "project", z, codebook, check_finite)
+    check_pair(lib, "project", z, codebook, at_least=2)
+    refuse_not_finite(lib, "project", check_finite, z=z, codebook=codebook)
     xp = lib.xp
     out_dtype = lib.result_dtype(z, codebook)
     dtype = lib.compute_dtype(out_dtype)
-    flat = xp.reshape(lib.stop_gradient(z), (math.prod(z.shape[:-1]), z.shape[-1]))
+    flat = flat_rows(lib, lib.stop_gradient(z))
     corners = lib.astype(lib.stop_gradient(codebook), dtype)
     centre, inverse_scale = frame(lib, corners)
     e = (corners - centre) * inverse_scale
@@ -102,14 +115,18 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
 
 
 def decode_curve(segments: Array, positions: Array, codebook: Array, /) -> Array:
-    """Points of a curve: exactly what `project` gave.
+    r"""Points of a curve: exactly what `project` gave.
+
+    .. math:: z_q = (1 - t) E_i + t E_{i+1}
 
     Parameters
     ----------
     segments : integer array (...)
+        In [0, K - 1); -1, the mark of a vector that was not finite, gives NaN.
     positions : array (...)
-        In [0, 1].
+        In [0, 1]; NaN gives NaN.
     codebook : array (K, D)
+        Corners of the curve, K >= 2.
 
     Returns
     -------
@@ -118,8 +135,10 @@ def decode_curve(segments: Array, positions: Array, codebook: Array, /) -> Array
 
     Raises
     ------
-    TypeError, ValueError
-        If libraries, dtypes or shapes do not fit.
+    TypeError
+        If libraries or dtypes do not fit.
+    ValueError
+        If shapes do not fit, or, in NumPy, a segment or position is out of range.
 
     Examples
     --------
@@ -131,12 +150,11 @@ def decode_curve(segments: Array, positions: Array, codebook: Array, /) -> Array
     lib = backend_of("decode_curve", segments=segments, positions=positions, codebook=codebook)
     xp = lib.xp
     check_floating(lib, "decode_curve", positions=positions, codebook=codebook)
-    if codebook.ndim != 2 or codebook.shape[0] < 2:
-        raise ValueError(f"decode_curve: codebook must have shape (K, D) with K >= 2, got {tuple(codebook.shape)}")
-    if not lib.is_integer(segments):
-        raise TypeError(f"decode_curve: segments must have an integer dtype, got {segments.dtype}")
+    check_codebook("decode_curve", codebook, at_least=2)
+    segments = checked_indices(lib, "decode_curve", segments, codebook.shape[0] - 1, name="segments", bound="K - 1")
     check_shape("decode_curve", "positions", positions, tuple(segments.shape), "segments")
-    flat = lib.as_indices(xp.reshape(segments, (math.prod(segments.shape),)))
+    _check_positions(lib, positions)
+    flat = xp.reshape(segments, (math.prod(segments.shape),))
     out_dtype = lib.result_dtype(positions, codebook)
     words = lib.astype(codebook, out_dtype)
     t = lib.astype(xp.reshape(positions, (flat.shape[0], 1)), out_dtype)
@@ -160,9 +178,14 @@ def _clipped(lib: Backend, t: Array) -> Array:
     return xp.where(t < 0, xp.zeros_like(t), xp.where(t > 1, xp.ones_like(t), t))
 
 
-def _check_curve(lib: Backend, function: str, z: Array, codebook: Array, finite: bool | None) -> None:
-    check_pair(lib, function, z, codebook)
-    if codebook.shape[0] < 2:
-        raise ValueError(f"{function}: codebook must have shape (K, D) with K >= 2, got {tuple(codebook.shape)}")
-    if lib.checks_finite if finite is None else finite:
-        check_finite(lib, function, z=z, codebook=codebook)
+def _check_positions(lib: Backend, positions: Array) -> None:
+    """Check the range where reading values is free; NaN, of a vector that is not finite, may stand."""
+    xp = lib.xp
+    if lib.checks_finite and math.prod(positions.shape) > 0:
+        known = xp.where(xp.isnan(positions), xp.full_like(positions, 0.5), positions)
+        lowest, highest = float(xp.min(known)), float(xp.max(known))
+        if lowest < 0 or highest > 1:
+            raise ValueError(
+                f"decode_curve: positions must lie in [0, 1], or be NaN for a vector that is not finite, "
+                f"got values from {lowest} to {highest}"
+            )

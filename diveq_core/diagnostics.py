@@ -8,16 +8,16 @@ exactly where that coefficient is positive. (Su Jianlin, "DiVeQ: a very concise 
 from __future__ import annotations
 
 import math
-import numbers
 from typing import TYPE_CHECKING
 
-from diveq_core._array import Array, check_floating, check_shape
+from diveq_core.checks import check_floating, check_shape, checked_count, checked_indices, flat_rows
 from diveq_core.estimators import Radial
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diveq_core._array import Array
     from diveq_core.backend import Backend
     from diveq_core.radius import Radius
 
@@ -39,7 +39,7 @@ def coefficient(g: Array, z: Array, q: Array, /) -> Array:
     Returns
     -------
     array (...)
-        In the result dtype, computed in at least float32.
+        In the result dtype of ``z`` and ``q``, computed in at least float32.
 
     Raises
     ------
@@ -55,9 +55,7 @@ def coefficient(g: Array, z: Array, q: Array, /) -> Array:
     array([ 1., -2.])
     """
     lib = _check_rows("coefficient", g=g, z=z, q=q)
-    dtype = lib.compute_dtype(lib.result_dtype(z, q))
-    products = lib.astype(g, dtype) * (lib.astype(q, dtype) - lib.astype(z, dtype))
-    return lib.astype(lib.xp.sum(products, axis=-1), lib.result_dtype(z, q))
+    return lib.astype(_price(lib, g, z, q), lib.result_dtype(z, q))
 
 
 def positive_share(g: Array, z: Array, q: Array, /) -> Array:
@@ -65,12 +63,20 @@ def positive_share(g: Array, z: Array, q: Array, /) -> Array:
 
     .. math:: \frac1N\,|\{n : \langle g_n, q_n - z_n\rangle > 0\}|
 
-    Parameters are those of `coefficient`.
+    Parameters
+    ----------
+    g, z, q : array (..., D)
+        As in `coefficient`.
 
     Returns
     -------
     array ()
         In [0, 1], float32 or wider; NaN for an empty batch.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `coefficient`.
 
     Examples
     --------
@@ -80,10 +86,10 @@ def positive_share(g: Array, z: Array, q: Array, /) -> Array:
     >>> float(dq.positive_share(g, z, q))
     0.5
     """
-    c = coefficient(g, z, q)
-    lib = backend_of("positive_share", c=c)
-    positive = lib.astype(c > 0, lib.compute_dtype(c.dtype))
-    return lib.xp.sum(positive) / (math.prod(c.shape) or math.nan)
+    lib = _check_rows("positive_share", g=g, z=z, q=q)
+    # Before it is rounded to 16 bits, where a small price would be none.
+    c = _price(lib, g, z, q)
+    return lib.xp.sum(lib.astype(c > 0, c.dtype)) / (math.prod(c.shape) or math.nan)
 
 
 def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Array, Array], Array], /) -> Array:
@@ -103,6 +109,11 @@ def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Arr
     array ()
         Differentiable to ``z`` and ``q`` in libraries that differentiate. A vector with r = 0 adds nothing.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As `coefficient`, and as `Radial` for the radius.
+
     Examples
     --------
     >>> import numpy as np
@@ -113,14 +124,15 @@ def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Arr
     """
     lib = _check_rows("equivalent_loss", g=g, z=z, q=q)
     dtype = lib.compute_dtype(lib.result_dtype(z, q))
-    shape = (math.prod(z.shape[:-1]), z.shape[-1])
-    rows = [lib.astype(lib.xp.reshape(x, shape), dtype) for x in (g, z, q)]
+    rows = [lib.astype(flat_rows(lib, x), dtype) for x in (g, z, q)]
     stopped = lib.stop_gradient(lib.xp.sum(rows[0] * (rows[2] - rows[1]), axis=-1, keepdims=True))
     return lib.xp.sum(stopped * Radial(radius).radius.log(lib, rows[2], rows[1]))
 
 
 def usage(indices: Array, count: int, /) -> Array:
-    """How many vectors chose each codeword.
+    r"""How many vectors chose each codeword.
+
+    .. math:: n_k = |\{n : i_n = k\}|
 
     Parameters
     ----------
@@ -139,7 +151,7 @@ def usage(indices: Array, count: int, /) -> Array:
     TypeError
         If the indices are not integers.
     ValueError
-        If the count is not positive, or, in NumPy, an index is not below it.
+        If the count is not an integer >= 1, or, in NumPy, an index is outside ``[-1, count)``.
 
     Examples
     --------
@@ -149,15 +161,11 @@ def usage(indices: Array, count: int, /) -> Array:
     array([1., 0., 2., 0.], dtype=float32)
     """
     lib = backend_of("usage", indices=indices)
-    if not lib.is_integer(indices):
-        raise TypeError(f"usage: indices must have an integer dtype, got {indices.dtype}")
-    if not isinstance(count, numbers.Integral) or count < 1:
-        raise ValueError(f"usage: count must be an integer >= 1, got {count!r}")
-    flat = lib.xp.reshape(lib.as_indices(indices), (math.prod(indices.shape),))
-    if lib.checks_finite and flat.shape[0] > 0 and int(lib.xp.max(flat)) >= count:
-        raise ValueError(f"usage: indices must lie in [-1, count) with count = {count}, got {int(lib.xp.max(flat))}")
+    count = checked_count("usage", "count", count)
+    indices = checked_indices(lib, "usage", indices, count, bound="count")
+    flat = lib.xp.reshape(indices, (math.prod(indices.shape),))
     ones = lib.xp.ones((flat.shape[0], 1), dtype=lib.xp.float32, **lib.place(indices))
-    return lib.segment_sum(ones, flat, int(count))[:, 0]
+    return lib.segment_sum(ones, flat, count)[:, 0]
 
 
 def perplexity(counts: Array, /) -> Array:
@@ -174,6 +182,11 @@ def perplexity(counts: Array, /) -> Array:
     -------
     array ()
         Between 1 and K; NaN if nothing was counted.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the counts are not real floating, or not of shape (K,).
 
     Examples
     --------
@@ -194,7 +207,9 @@ def perplexity(counts: Array, /) -> Array:
 
 
 def used_share(counts: Array, /) -> Array:
-    """Share of codewords that were chosen at least once.
+    r"""Share of codewords that were chosen at least once.
+
+    .. math:: \frac1K\,|\{k : n_k > 0\}|
 
     Parameters
     ----------
@@ -205,6 +220,11 @@ def used_share(counts: Array, /) -> Array:
     -------
     array ()
         In [0, 1].
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `perplexity`.
 
     Examples
     --------
@@ -218,6 +238,12 @@ def used_share(counts: Array, /) -> Array:
     if counts.ndim != 1:
         raise ValueError(f"used_share: counts must have shape (K,), got {tuple(counts.shape)}")
     return lib.xp.mean(lib.astype(counts > 0, lib.compute_dtype(counts.dtype)))
+
+
+def _price(lib: Backend, g: Array, z: Array, q: Array) -> Array:
+    """<g, q - z> in the compute dtype, (...)."""
+    dtype = lib.compute_dtype(lib.result_dtype(z, q))
+    return lib.xp.sum(lib.astype(g, dtype) * (lib.astype(q, dtype) - lib.astype(z, dtype)), axis=-1)
 
 
 def _check_rows(function: str, **arrays: Array) -> Backend:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import check_finite as refuse_not_finite
-from diveq_core._array import check_floating, describe
-from diveq_core.quantize import Quantized, _check_like, _flat
+from diveq_core._array import describe
+from diveq_core.call import Quantized
+from diveq_core.checks import check_floating, check_like, checked_indices, flat_rows, refuse_not_finite
+from diveq_core.fsq_rule import FSQRule, level_of, row_of
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
@@ -90,11 +90,21 @@ def fsq_vjp(
 
     .. math:: g_z = \frac{b'(z)}{\lfloor L/2 \rfloor}\, g
 
+    Parameters
+    ----------
+    z, levels, check_finite
+        As in `fsq`.
+
     Returns
     -------
     out : Quantized
     pullback : callable
         ``pullback(g)`` takes the cotangent of ``z_q`` and gives that of ``z``, (..., D) both.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fsq`; ``pullback`` likewise, for a cotangent of another library, dtype or shape.
 
     Examples
     --------
@@ -108,8 +118,8 @@ def fsq_vjp(
     out = call.quantized(call.rule.forward(call.z, call.grid, call.digits, None))
 
     def pullback(g: Array, /) -> Array:
-        _check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
-        g_z, _ = call.rule.pullback(call.z, call.grid, call.digits, None, _flat(call.lib, g))
+        check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
+        g_z, _ = call.rule.pullback(call.z, call.grid, call.digits, None, flat_rows(call.lib, g))
         return call.lib.xp.reshape(g_z, call.shape)
 
     return out, pullback
@@ -122,10 +132,23 @@ def fsq_jvp(
 
     .. math:: dz_q = \frac{b'(z)}{\lfloor L/2 \rfloor}\, dz
 
+    Parameters
+    ----------
+    z, levels, check_finite
+        As in `fsq`.
+    dz : array (..., D)
+        Tangent of ``z``.
+
     Returns
     -------
     out : Quantized
     tangent : array (..., D)
+        Tangent of ``z_q``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fsq`, also for a tangent of another library, dtype or shape.
 
     Examples
     --------
@@ -136,19 +159,24 @@ def fsq_jvp(
     array([[1.998]])
     """
     call = _Call("fsq_jvp", z, levels, check_finite)
-    _check_like(call.lib, "fsq_jvp", "dz", dz, z, "z")
+    check_like(call.lib, "fsq_jvp", "dz", dz, z, "z")
     out = call.quantized(call.rule.forward(call.z, call.grid, call.digits, None))
-    tangent = call.rule.pushforward(call.z, call.grid, call.digits, None, _flat(call.lib, dz), call.grid)
+    tangent = call.rule.pushforward(call.z, call.grid, call.digits, None, flat_rows(call.lib, dz), call.grid)
     return out, call.lib.xp.reshape(tangent, call.shape)
 
 
 def fsq_decode(indices: Array, levels: Sequence[int], /, *, dtype: Any = None) -> Array:
     r"""Vectors of given indices: exactly the ``z_q`` that `fsq` gave with them.
 
+    .. math:: z_{q,j} = \frac{m_j}{\lfloor L_j/2 \rfloor} - 1, \qquad
+              m_j = \Big\lfloor i \Big/ \prod_{k < j} L_k \Big\rfloor \bmod L_j
+
     Parameters
     ----------
     indices : integer array (...)
+        As `fsq` gives them.
     levels : sequence of D integers
+        As in `fsq`.
     dtype : optional
         The library's floating dtype of the result, that of ``z``; float32 by default.
 
@@ -174,52 +202,15 @@ def fsq_decode(indices: Array, levels: Sequence[int], /, *, dtype: Any = None) -
            [ 0.5,  0.5]])
     """
     lib = backend_of("fsq_decode", indices=indices)
-    if not lib.is_integer(indices):
-        raise TypeError(f"fsq_decode: indices must have an integer dtype, got {indices.dtype}")
     levels = _checked_levels(lib, "fsq_decode", levels, None)
-    if lib.checks_finite and math.prod(indices.shape) > 0:
-        lowest, highest = int(lib.xp.min(indices)), int(lib.xp.max(indices))
-        if lowest < -1 or highest >= math.prod(levels):
-            raise ValueError(
-                f"fsq_decode: indices must lie in [0, {math.prod(levels)}) for levels {list(levels)}, or be -1 for a "
-                f"vector that is not finite, got values from {lowest} to {highest}"
-            )
+    indices = checked_indices(lib, "fsq_decode", indices, math.prod(levels), bound="product of levels")
     xp = lib.xp
     dtype = xp.float32 if dtype is None else dtype
-    indices = xp.expand_dims(lib.as_indices(indices), axis=-1)
-    levels_, places = (_row(lib, x, indices.dtype, indices) for x in (levels, _places(levels)))
+    indices = xp.expand_dims(indices, axis=-1)
+    levels_, places = (row_of(lib, x, indices.dtype, indices) for x in (levels, _places(levels)))
     digits = indices // places % levels_
-    z_q = lib.astype(_level(lib, digits, levels, lib.compute_dtype(dtype)), dtype)
+    z_q = lib.astype(level_of(lib, digits, levels, lib.compute_dtype(dtype)), dtype)
     return xp.where(indices < 0, xp.full_like(z_q, float("nan")), z_q)
-
-
-@dataclass(frozen=True)
-class _FSQRule:
-    """Forward, pullback and pushforward over ``z`` (N, D) and digits (N, D), -1 in rows that are not finite.
-
-    The codebook's place is taken by the grid (3, D), whose rows are h, o and the shift: constants.
-    """
-
-    lib: Backend
-    levels: tuple[int, ...]
-
-    def forward(self, z: Array, grid: Array, digits: Array, noise: None) -> Array:
-        lib = self.lib
-        z_q = _level(lib, digits, self.levels, grid.dtype)
-        return lib.astype(lib.xp.where(digits < 0, lib.xp.full_like(z_q, float("nan")), z_q), z.dtype)
-
-    def pullback(self, z: Array, grid: Array, digits: Array, noise: None, g: Array) -> tuple[Array, Array]:
-        return self.pushforward(z, grid, digits, noise, g, grid), self.lib.xp.zeros_like(grid)
-
-    def pushforward(self, z: Array, grid: Array, digits: Array, noise: None, dz: Array, dgrid: Array) -> Array:
-        """The derivative is diagonal, so it is its own transpose."""
-        lib = self.lib
-        half, _, shift = (grid[row : row + 1, :] for row in range(3))
-        halves = _row(lib, [level // 2 for level in self.levels], grid.dtype, z)
-        tanh = lib.xp.tanh(lib.astype(z, grid.dtype) + shift)
-        # 1 - tanh^2 as a product loses no digits where tanh is near 1.
-        slope = half * ((1 - tanh) * (1 + tanh)) / halves
-        return lib.astype(slope * lib.astype(dz, grid.dtype), z.dtype)
 
 
 class _Call:
@@ -229,26 +220,25 @@ class _Call:
         lib = backend_of(function, z=z)
         check_floating(lib, function, z=z)
         levels = _checked_levels(lib, function, levels, z)
-        if lib.checks_finite if finite is None else finite:
-            refuse_not_finite(lib, function, z=z)
+        refuse_not_finite(lib, function, finite, z=z)
         xp = lib.xp
         dtype = lib.compute_dtype(z.dtype)
-        self.lib, self.shape, self.rule = lib, tuple(z.shape), _FSQRule(lib, levels)
-        self.z = _flat(lib, z)
+        self.lib, self.shape, self.rule = lib, tuple(z.shape), FSQRule(lib, levels)
+        self.z = flat_rows(lib, z)
         offsets = [0.0 if level % 2 else 0.5 for level in levels]
         halves = [(level - 1) * (1 - _MARGIN) / 2 for level in levels]
         shifts = [math.atanh(o / h) for o, h in zip(offsets, halves, strict=True)]
-        row = partial(_row, lib, dtype=dtype, like=z)
+        row = partial(row_of, lib, dtype=dtype, like=z)
         half, offset, shift = row(halves), row(offsets), row(shifts)
-        self.grid = xp.concat([half, offset, shift]) if hasattr(xp, "concat") else xp.concatenate([half, offset, shift])
+        self.grid = xp.concat([half, offset, shift])
         flat = lib.astype(lib.stop_gradient(self.z), dtype)
         rounded = xp.round(xp.tanh(flat + shift) * half - offset)
         whole = xp.all(xp.isfinite(flat), axis=-1, keepdims=True)
         index_dtype = _index_dtype(lib)
         zeroed = lib.astype(xp.where(whole, rounded, xp.zeros_like(rounded)), index_dtype)
-        digits = zeroed + _row(lib, [level // 2 for level in levels], index_dtype, z)
+        digits = zeroed + row_of(lib, [level // 2 for level in levels], index_dtype, z)
         self.digits = xp.where(whole, digits, -xp.ones_like(digits))
-        weighted = digits * _row(lib, _places(levels), index_dtype, z)
+        weighted = digits * row_of(lib, _places(levels), index_dtype, z)
         indices = lib.astype(xp.sum(weighted, axis=-1), index_dtype)
         whole = xp.reshape(whole, tuple(indices.shape))
         self.indices = xp.where(whole, indices, -xp.ones_like(indices))
@@ -261,16 +251,6 @@ class _Call:
 def _places(levels: Sequence[int]) -> list[int]:
     """Value of each digit: the product of the levels before it."""
     return [math.prod(levels[:position]) for position in range(len(levels))]
-
-
-def _row(lib: Backend, values: Sequence[float], dtype: Any, like: Array) -> Array:
-    return lib.xp.asarray([list(values)], dtype=dtype, **lib.place(like))
-
-
-def _level(lib: Backend, digits: Array, levels: Sequence[int], dtype: Any) -> Array:
-    """``(digit - floor(L / 2)) / floor(L / 2)``, which encoder and decoder share so that they agree bit for bit."""
-    halves = _row(lib, [level // 2 for level in levels], dtype, digits)
-    return (lib.astype(digits, dtype) - halves) / halves
 
 
 def _index_dtype(lib: Backend) -> Any:

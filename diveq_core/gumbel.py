@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import check_codebook, check_floating, check_option, describe
-from diveq_core._array import check_finite as refuse_not_finite
-from diveq_core.quantize import Quantized, _check_like, _flat
+from diveq_core._array import check_option, describe
+from diveq_core.call import Quantized
+from diveq_core.checks import check_codebook, check_floating, check_like, flat_rows, refuse_not_finite
+from diveq_core.gumbel_rule import GumbelRule, standard_gumbel
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core._array import Array
-    from diveq_core.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,23 @@ def gumbel_vjp(
 
     .. math:: g_l = \frac1\tau (\operatorname{diag} y - y y^T) E g, \qquad g_{E_k} = \sum_{n : i_n = k} g_n
 
+    Parameters
+    ----------
+    logits, codebook, estimator, noise, rng, check_finite
+        As in `gumbel_quantize`.
+
     Returns
     -------
     out : Quantized
     pullback : callable
-        ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_logits, g_codebook)``.
+        ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_logits, g_codebook)``, (..., K) and
+        (K, D), in the dtypes of ``logits`` and ``codebook``. A row of logits that is not finite adds nothing to
+        ``g_codebook``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `gumbel_quantize`; ``pullback`` likewise, for a cotangent of another library, dtype or shape.
 
     Examples
     --------
@@ -137,8 +149,8 @@ def gumbel_vjp(
     out = call.quantized(call.rule.forward(call.logits, codebook, call.indices, call.noise))
 
     def pullback(g: Array, /) -> tuple[Array, Array]:
-        _check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
-        rows = _flat(call.lib, g)
+        check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
+        rows = flat_rows(call.lib, g)
         g_logits, g_codebook = call.rule.pullback(call.logits, codebook, call.indices, call.noise, rows)
         return call.lib.xp.reshape(g_logits, tuple(logits.shape)), g_codebook
 
@@ -161,10 +173,25 @@ def gumbel_jvp(
 
     .. math:: dz_q = dE_i + \frac1\tau E^T (\operatorname{diag} y - y y^T)\, dl
 
+    Parameters
+    ----------
+    logits, codebook, estimator, noise, rng, check_finite
+        As in `gumbel_quantize`.
+    dlogits : array (..., K)
+        Tangent of ``logits``.
+    dcodebook : array (K, D)
+        Tangent of ``codebook``.
+
     Returns
     -------
     out : Quantized
     tangent : array (..., D)
+        Tangent of ``z_q``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `gumbel_quantize`, also for tangents of another library, dtype or shape.
 
     Examples
     --------
@@ -178,63 +205,12 @@ def gumbel_jvp(
     array([[1., 2.]])
     """
     call = _Call("gumbel_jvp", logits, codebook, estimator, noise, rng, check_finite)
-    _check_like(call.lib, "gumbel_jvp", "dlogits", dlogits, logits, "logits")
-    _check_like(call.lib, "gumbel_jvp", "dcodebook", dcodebook, codebook, "codebook")
+    check_like(call.lib, "gumbel_jvp", "dlogits", dlogits, logits, "logits")
+    check_like(call.lib, "gumbel_jvp", "dcodebook", dcodebook, codebook, "codebook")
     out = call.quantized(call.rule.forward(call.logits, codebook, call.indices, call.noise))
-    rows = _flat(call.lib, dlogits)
+    rows = flat_rows(call.lib, dlogits)
     tangent = call.rule.pushforward(call.logits, codebook, call.indices, call.noise, rows, dcodebook)
     return out, call.lib.xp.reshape(tangent, tuple(out.z_q.shape))
-
-
-@dataclass(frozen=True)
-class _GumbelRule:
-    """Forward, pullback and pushforward over ``logits`` (N, K), ``codebook`` (K, D), ``indices`` (N,)."""
-
-    lib: Backend
-    estimator: GumbelST
-
-    def forward(self, logits: Array, codebook: Array, indices: Array, noise: Array) -> Array:
-        lib = self.lib
-        return lib.astype(lib.take_rows(codebook, indices), lib.result_dtype(logits, codebook))
-
-    def pullback(self, logits: Array, codebook: Array, indices: Array, noise: Array, g: Array) -> tuple[Array, Array]:
-        lib, dtype = self.lib, self._dtype(logits, codebook)
-        y, codewords, g = self._soft(logits, noise, dtype), lib.astype(codebook, dtype), lib.astype(g, dtype)
-        g_logits = self._centred(y, lib.matmul(g, lib.xp.matrix_transpose(codewords)))
-        g_codebook = lib.segment_sum(g, indices, codebook.shape[0])
-        if lib.records(logits):
-            # Nothing in value, but the derivative of y, which the next order of derivative asks for.
-            g_codebook = g_codebook + lib.matmul(lib.xp.matrix_transpose(y - lib.stop_gradient(y)), g)
-        return lib.astype(g_logits, logits.dtype), lib.astype(g_codebook, codebook.dtype)
-
-    def pushforward(
-        self, logits: Array, codebook: Array, indices: Array, noise: Array, dlogits: Array, dcodebook: Array
-    ) -> Array:
-        lib, dtype = self.lib, self._dtype(logits, codebook)
-        y, codewords = self._soft(logits, noise, dtype), lib.astype(codebook, dtype)
-        moved = lib.matmul(self._centred(y, lib.astype(dlogits, dtype)), codewords)
-        dcodewords = lib.astype(dcodebook, dtype)
-        moved = moved + lib.take_rows(dcodewords, indices)
-        if lib.records(logits):
-            moved = moved + lib.matmul(y - lib.stop_gradient(y), dcodewords)
-        return lib.astype(moved, lib.result_dtype(logits, codebook))
-
-    def _centred(self, y: Array, x: Array) -> Array:
-        """``(diag y - y y^T) x / tau``: symmetric, so it serves both directions."""
-        return y * (x - self.lib.dot(y, x)) / self.estimator.temperature
-
-    def _soft(self, logits: Array, noise: Array, dtype: Any) -> Array:
-        """``softmax((l + gumbel) / tau)``, (N, K)."""
-        lib = self.lib
-        xp = lib.xp
-        shifted = lib.astype(logits, dtype) + lib.astype(noise, dtype)
-        # Before the division by tau, which might overflow; a common shift changes no y, nor its derivatives.
-        shifted = shifted - lib.stop_gradient(xp.max(shifted, axis=-1, keepdims=True))
-        powers = xp.exp(shifted / self.estimator.temperature)
-        return powers / xp.sum(powers, axis=-1, keepdims=True)
-
-    def _dtype(self, logits: Array, codebook: Array) -> Any:
-        return self.lib.compute_dtype(self.lib.result_dtype(logits, codebook))
 
 
 class _Call:
@@ -261,17 +237,16 @@ class _Call:
                 f"{function}: logits must have shape (..., K) with K = {count} as in the codebook "
                 f"{tuple(codebook.shape)}, got {tuple(logits.shape)}"
             )
-        if lib.checks_finite if finite is None else finite:
-            refuse_not_finite(lib, function, logits=logits, codebook=codebook)
+        refuse_not_finite(lib, function, finite, logits=logits, codebook=codebook)
         if noise is not None:
-            _check_like(lib, function, "noise", noise, logits, "logits")
+            check_like(lib, function, "noise", noise, logits, "logits")
         xp = lib.xp
         dtype = lib.compute_dtype(lib.result_dtype(logits, codebook))
         if noise is None:
-            noise = _standard_gumbel(lib, function, logits, rng, dtype)
-        self.lib, self.rule = lib, _GumbelRule(lib, estimator)
+            noise = standard_gumbel(lib, function, logits, rng, dtype)
+        self.lib, self.rule = lib, GumbelRule(lib, estimator)
         self.shape = (*(int(n) for n in logits.shape[:-1]), codebook.shape[1])
-        self.logits, self.noise = _flat(lib, logits), _flat(lib, noise)
+        self.logits, self.noise = flat_rows(lib, logits), flat_rows(lib, noise)
         total = lib.astype(lib.stop_gradient(self.logits), dtype) + lib.astype(self.noise, dtype)
         whole = xp.all(xp.isfinite(total), axis=-1)
         # MLX has no argmax of no rows.
@@ -282,16 +257,3 @@ class _Call:
     def quantized(self, z_q: Array) -> Quantized:
         reshape = self.lib.xp.reshape
         return Quantized(reshape(z_q, self.shape), reshape(self.indices, self.shape[:-1]))
-
-
-def _standard_gumbel(lib: Backend, function: str, like: Array, rng: Any, dtype: Any) -> Array:
-    r"""Standard Gumbel numbers :math:`-\ln\chi`, :math:`\chi = (a^2 + b^2) / 2` exponential for normal a and b.
-
-    The generators at hand give normal numbers, and squares of two of these add up to an exponential one exactly.
-    """
-    xp = lib.xp
-    model = xp.zeros((2, *like.shape), dtype=dtype, **lib.place(like))
-    normal = lib.standard_normal(function, model, rng)
-    exponential = (normal[0, ...] * normal[0, ...] + normal[1, ...] * normal[1, ...]) / 2
-    tiny = float(xp.finfo(dtype).smallest_normal)
-    return -xp.log(xp.where(exponential < tiny, xp.full_like(exponential, tiny), exponential))

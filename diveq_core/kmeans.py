@@ -10,9 +10,9 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core._array import Array, check_floating, check_pair, power_of_two
-from diveq_core.codebook import drawn_noise
-from diveq_core.ranks import Ranks, finite_rows, uniform
+from diveq_core._array import Array, one_where, power_of_two
+from diveq_core.checks import check_floating, check_pair, checked_count, flat_rows
+from diveq_core.ranks import Ranks, drawn_noise, finite_rows, uniform
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
@@ -141,19 +141,18 @@ def kmeans(
     >>> np.sort(found.codebook.ravel()), round(float(found.inertia), 6)
     (array([ 1., 11.]), 4.0)
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, numbers.Integral) or iterations < 0:
-        raise ValueError(f"kmeans: iterations must be an integer >= 0, got {iterations!r}")
+    iterations = checked_count("kmeans", "iterations", iterations, at_least=0)
     frame = _Frame("kmeans", z, all_reduce)
     lib, xp = frame.lib, frame.lib.xp
     if isinstance(codebook, numbers.Integral):
-        e = frame.spread_out(int(codebook), noise, rng)
+        e = frame.spread_out(codebook, noise, rng)
     else:
         backend_of("kmeans", z=z, codebook=codebook)
         check_pair(lib, "kmeans", z, codebook)
         e = frame.enter(lib.astype(lib.stop_gradient(codebook), frame.y.dtype))
         # A codeword that is not finite would take part in no comparison; as the mean it takes part in all.
         e, _ = finite_rows(lib, e)
-    for _ in range(int(iterations)):
+    for _ in range(iterations):
         moved = frame.lloyd(e)
         if lib.is_concrete(moved) and bool(xp.all(moved == e)):
             break
@@ -177,7 +176,7 @@ class _Frame:
         xp = lib.xp
         self.function, self.dtype = function, z.dtype
         self.ranks = Ranks(lib, function, all_reduce)
-        rows = xp.reshape(lib.stop_gradient(z), (math.prod(z.shape[:-1]), z.shape[-1]))
+        rows = flat_rows(lib, lib.stop_gradient(z))
         rows, finite = finite_rows(lib, lib.astype(rows, lib.compute_dtype(z.dtype)))
         # Half of the largest number at most, so that no difference overflows.
         limit = float(xp.finfo(rows.dtype).max) / 2
@@ -187,7 +186,8 @@ class _Frame:
         total = self.ranks.sum(xp.sum(self.weights))
         if lib.is_concrete(total) and float(total) == 0:
             raise ValueError(f"{function}: z must have at least one finite vector, got none of {rows.shape[0]}")
-        share = 1 / total
+        # Where values cannot be read there may be none: the codebook is then zeros rather than NaN.
+        share = 1 / one_where(lib, total == 0, total)
         # Divided first: the sum of large vectors may overflow.
         self.mean = self.ranks.sum(xp.sum(rows * share, axis=0))
         d = xp.where(finite[:, None], rows - self.mean, xp.zeros_like(rows))
@@ -239,13 +239,12 @@ class _Frame:
         apart = self.ranks.sum(xp.sum(squares)) > 0
         return xp.where((empty & apart)[:, None], seeds, moved)
 
-    def spread_out(self, count: int, noise: Array | None, rng: Any) -> Array:
+    def spread_out(self, count: int | numbers.Integral, noise: Array | None, rng: Any) -> Array:
         """Greedy k-means++ in this frame, (count, D)."""
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
-            raise ValueError(f"{self.function}: the size of the codebook must be an integer >= 1, got {count!r}")
+        count = checked_count(self.function, "the size of the codebook", count)
         lib, xp, y = self.lib, self.lib.xp, self.y
         trials = 2 + int(math.log(count))
-        positions = uniform(lib, drawn_noise(lib, self.function, y, (int(count), trials, 2), noise, rng))
+        positions = uniform(lib, drawn_noise(lib, self.function, y, (count, trials, 2), noise, rng))
         squares = lib.dot(y, y)[:, 0]
         columns = xp.permute_dims(y, (1, 0))
         rounding = 8 * float(xp.finfo(y.dtype).eps)
@@ -260,7 +259,7 @@ class _Frame:
         first = self.ranks.draw(y, self.weights, positions[0, :1])
         chosen, closest = [first], distances(first)
         inertia = self.ranks.sum(xp.sum(closest))
-        for k in range(1, int(count)):
+        for k in range(1, count):
             seeds = self.ranks.draw(y, xp.where(inertia > 0, closest[0, :], self.weights), positions[k, :])
             left = xp.minimum(distances(seeds), closest)
             inertias = self.ranks.sum(xp.sum(left, axis=1))

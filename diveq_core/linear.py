@@ -5,16 +5,16 @@ r"""Codebooks that are a frozen matrix times a trained one: every codeword moves
 
 from __future__ import annotations
 
-import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core._array import Array, check_codebook, check_floating, check_shape
-from diveq_core.codebook import drawn_noise
+from diveq_core.checks import check_codebook, check_floating, check_like, check_shape, check_vectors, checked_count
+from diveq_core.ranks import drawn_noise
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diveq_core._array import Array
     from diveq_core.backend import Backend
 
 
@@ -69,12 +69,10 @@ def linear_codebook_init(like: Array, count: int, /, *, noise: Array | None = No
     """
     lib = backend_of("linear_codebook_init", like=like)
     check_floating(lib, "linear_codebook_init", like=like)
-    if like.ndim < 1 or like.shape[-1] < 1:
-        raise ValueError(f"linear_codebook_init: like must have shape (..., D) with D >= 1, got {tuple(like.shape)}")
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
-        raise ValueError(f"linear_codebook_init: count must be an integer >= 1, got {count!r}")
+    check_vectors("linear_codebook_init", "like", like)
+    count = checked_count("linear_codebook_init", "count", count)
     width = like.shape[-1]
-    noise = drawn_noise(lib, "linear_codebook_init", like, (int(count), width), noise, rng)
+    noise = drawn_noise(lib, "linear_codebook_init", like, (count, width), noise, rng)
     identity = lib.xp.eye(width, dtype=noise.dtype, **lib.place(like))
     return LinearCodebook(lib.astype(noise * width**-0.5, like.dtype), lib.astype(identity, like.dtype))
 
@@ -117,7 +115,10 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
 
     .. math:: g_E = g_C W^\top, \qquad g_W = E^\top g_C
 
-    Parameters are those of `linear_codebook`.
+    Parameters
+    ----------
+    frozen, weight
+        As in `linear_codebook`.
 
     Returns
     -------
@@ -143,9 +144,7 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
     lib = _check_factors("linear_codebook_vjp", frozen, weight)
 
     def pullback(g: Array, /) -> tuple[Array, Array]:
-        backend_of("pullback", frozen=frozen, g=g)
-        check_floating(lib, "pullback", g=g)
-        check_shape("pullback", "g", g, tuple(frozen.shape), "codebook")
+        check_like(lib, "pullback", "g", g, frozen, "codebook")
         g = lib.astype(g, frozen.dtype)
         transposed = lib.xp.permute_dims
         return _product(lib, g, transposed(weight, (1, 0))), _product(lib, transposed(frozen, (1, 0)), g)
@@ -183,9 +182,7 @@ def linear_codebook_jvp(frozen: Array, weight: Array, dfrozen: Array, dweight: A
     """
     lib = _check_factors("linear_codebook_jvp", frozen, weight)
     for name, x, like in (("dfrozen", dfrozen, frozen), ("dweight", dweight, weight)):
-        backend_of("linear_codebook_jvp", frozen=frozen, **{name: x})
-        check_floating(lib, "linear_codebook_jvp", **{name: x})
-        check_shape("linear_codebook_jvp", name, x, tuple(like.shape), name[1:])
+        check_like(lib, "linear_codebook_jvp", name, x, like, name[1:])
     by_frozen = _product(lib, lib.astype(dfrozen, frozen.dtype), weight)
     by_weight = _product(lib, frozen, lib.astype(dweight, weight.dtype))
     return _product(lib, frozen, weight), by_frozen + by_weight

@@ -11,15 +11,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import check_pair, check_shape, one_where
-from diveq_core.quantize import _check_like, _flat
+from diveq_core._array import one_where
+from diveq_core.checks import check_like, check_pair, check_shape, checked_indices, flat_rows
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core._array import Array
-    from diveq_core.backend import Backend
 
 
 def codebook_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array | None = None) -> Array:
@@ -80,11 +79,22 @@ def commitment_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array
 
     .. math:: L = \frac{1}{MD} \sum_n m_n \|z_n - \operatorname{sg}[q_n]\|^2, \qquad M = \sum_n m_n
 
-    Parameters, errors and masks are those of `codebook_loss`, and so is the value; the gradient goes to ``z`` only.
+    Masks are those of `codebook_loss`, and so is the value; the gradient goes to ``z`` only.
+
+    Parameters
+    ----------
+    z, codebook, indices, mask
+        As in `codebook_loss`.
 
     Returns
     -------
     array ()
+        In the result dtype of ``z`` and ``codebook``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `codebook_loss`.
 
     References
     ----------
@@ -110,11 +120,21 @@ def codebook_loss_vjp(
 
     .. math:: g_{E_k} = \frac{2g}{MD} \sum_{n : i_n = k} m_n (q_n - z_n)
 
+    Parameters
+    ----------
+    z, codebook, indices, mask
+        As in `codebook_loss`.
+
     Returns
     -------
     loss : array ()
     pullback : callable
         ``pullback(g)`` takes the cotangent of the loss, (), and gives that of the codebook, (K, D).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `codebook_loss`; ``pullback`` likewise, for a cotangent of another library, dtype or shape.
 
     Examples
     --------
@@ -142,11 +162,21 @@ def commitment_loss_vjp(
 
     .. math:: g_{z_n} = \frac{2g}{MD}\, m_n (z_n - q_n)
 
+    Parameters
+    ----------
+    z, codebook, indices, mask
+        As in `codebook_loss`.
+
     Returns
     -------
     loss : array ()
     pullback : callable
         ``pullback(g)`` takes the cotangent of the loss, (), and gives that of ``z``, (..., D).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `codebook_loss`; ``pullback`` likewise, for a cotangent of another library, dtype or shape.
 
     Examples
     --------
@@ -173,7 +203,7 @@ class _Loss:
     def __init__(self, function: str, z: Array, codebook: Array, indices: Array, mask: Array | None) -> None:
         lib = backend_of(function, z=z, codebook=codebook, indices=indices)
         check_pair(lib, function, z, codebook)
-        _check_indices(lib, function, indices, codebook.shape[0])
+        indices = checked_indices(lib, function, indices, codebook.shape[0])
         check_shape(function, "indices", indices, tuple(z.shape[:-1]), "z without its last axis")
         rows = math.prod(z.shape[:-1])
         if mask is not None:
@@ -184,14 +214,14 @@ class _Loss:
             check_shape(function, "mask", mask, tuple(z.shape[:-1]), "z without its last axis")
             mask = lib.xp.reshape(mask, (rows, 1))
         self.lib, self.mask, self.rows, self.width = lib, mask, rows, z.shape[-1]
-        self.indices = lib.xp.reshape(lib.as_indices(indices), (rows,))
+        self.indices = lib.xp.reshape(indices, (rows,))
         self.out_dtype = lib.result_dtype(z, codebook)
         self.compute_dtype = lib.compute_dtype(self.out_dtype)
 
     def error(self, z: Array, codebook: Array) -> Array:
         """``z - q`` (N, D), zero where masked."""
         lib = self.lib
-        z = lib.astype(_flat(lib, z), self.compute_dtype)
+        z = lib.astype(flat_rows(lib, z), self.compute_dtype)
         q = lib.astype(lib.take_rows(codebook, self.indices), self.compute_dtype)
         if self.mask is None:
             return z - q
@@ -213,18 +243,5 @@ class _Loss:
 
     def slope(self, loss: Array, g: Array, z: Array, codebook: Array) -> Array:
         """``2 g m (z - q) / (M D)``, (N, D)."""
-        _check_like(self.lib, "pullback", "g", g, loss, "loss")
+        check_like(self.lib, "pullback", "g", g, loss, "loss")
         return self.error(z, codebook) * (2 * self.lib.astype(g, self.compute_dtype) / self.count())
-
-
-def _check_indices(lib: Backend, function: str, indices: Array, count: int) -> None:
-    """Check the dtype, and the range where looking is free; -1, the mark of a vector that is not finite, may stand."""
-    if not lib.is_integer(indices):
-        raise TypeError(f"{function}: indices must have an integer dtype, got {indices.dtype}")
-    if lib.checks_finite and math.prod(indices.shape) > 0:
-        lowest, highest = int(lib.xp.min(indices)), int(lib.xp.max(indices))
-        if lowest < -1 or highest >= count:
-            raise ValueError(
-                f"{function}: indices must lie in [0, K) with K = {count}, or be -1 for a vector that is not "
-                f"finite, got values from {lowest} to {highest}"
-            )

@@ -8,9 +8,11 @@ its own vectors, so that neither a rank's number nor a further collective is nee
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diveq_core._array import describe
+from diveq_core.checks import check_floating
+from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,6 +112,20 @@ def pick(lib: Backend, weights: Array, positions: Array) -> Array:
     # Counting the sums not above a position: the first index whose sum is above it.
     found = xp.searchsorted(cumulative, inside, side="right")
     return xp.clip(found, 0, weights.shape[0] - 1)
+
+
+def drawn_noise(
+    lib: Backend, function: str, like: Array, shape: tuple[int, ...], noise: Array | None, rng: Any
+) -> Array:
+    """Standard normal noise of a shape, given or drawn, in the compute dtype and on the device of ``like``."""
+    dtype = lib.compute_dtype(like.dtype)
+    if noise is None:
+        return lib.standard_normal(function, lib.xp.zeros(shape, dtype=dtype, **lib.place(like)), rng)
+    backend_of(function, like=like, noise=noise)
+    check_floating(lib, function, noise=noise)
+    if tuple(noise.shape) != shape:
+        raise ValueError(f"{function}: noise must have shape {shape}, got {tuple(noise.shape)}")
+    return lib.astype(lib.stop_gradient(noise), dtype)
 
 
 def uniform(lib: Backend, noise: Array) -> Array:

@@ -41,7 +41,8 @@ def _load_backends() -> tuple[Backend, ...]:
     for library in [name for name in _targets if name in sys.modules]:
         module, _, attribute = _targets[library].partition(":")
         try:
-            register(getattr(importlib.import_module(module), attribute))
+            # Behind what was registered by hand, whenever its library is imported.
+            _add(getattr(importlib.import_module(module), attribute), len(_backends))
         except ImportError as error:
             # A library too old for its backend, say, is no hindrance to the use of another one.
             _failed[library] = error
@@ -49,11 +50,26 @@ def _load_backends() -> tuple[Backend, ...]:
 
 
 def register(backend: Backend) -> None:
-    """Add a backend by hand, before all others; entry points do the same for installed ones."""
+    """Add a backend by hand, before all others; those of entry points come after.
+
+    Parameters
+    ----------
+    backend : Backend
+        Serves the arrays that it owns from now on. One that was added already stays where it is.
+
+    Raises
+    ------
+    TypeError
+        If it is not an instance of `Backend`.
+    """
+    _add(backend, 0)
+
+
+def _add(backend: Backend, position: int) -> None:
     if not isinstance(backend, Backend):
         raise TypeError(f"register: expected a diveq_core.Backend, got {describe(backend)}")
     if backend not in _backends:
-        _backends.insert(0, backend)
+        _backends.insert(position, backend)
 
 
 def backend_of(function: str, **arrays: Array) -> Backend:
@@ -104,5 +120,5 @@ def _standard(function: str, name: str, x: Array) -> Backend:
         if backend.xp is namespace:
             return backend
     backend = Backend(namespace, namespace.__name__.removeprefix("array_api_compat."))
-    register(backend)
+    _add(backend, len(_backends))
     return backend

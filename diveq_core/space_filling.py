@@ -11,12 +11,13 @@ Inference projects onto the nearest point of the whole curve: see `diveq_core.cu
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core._array import Array, Direction, check_floating, check_option, check_shape, describe
+from diveq_core._array import Array, Direction, check_option, describe
+from diveq_core.checks import check_codebook, check_floating, check_shape
 from diveq_core.estimators import Estimator
+from diveq_core.ranks import uniform
 from diveq_core.registry import backend_of
 from diveq_core.rule import Rule
 
@@ -39,18 +40,20 @@ class SpaceFilling(Estimator):
 
     sigma: float = 0.0
 
+    @property
+    def hard(self) -> bool:
+        """Never: the output is a point between codewords."""
+        return False
+
     def prepare(self, function: str, lib: Backend, z: Array, codebook: Array, noise: Any, rng: Any) -> CurveNoise:
         """Check the noise, or draw it."""
-        if codebook.shape[0] < 2:
-            raise ValueError(
-                f"{function}: the codebook of a curve must have shape (K, D) with K >= 2, got {tuple(codebook.shape)}"
-            )
+        check_codebook(function, codebook, at_least=2)
         if noise is None:
-            streams = lib.streams(rng, 2)
-            pair = lib.xp.zeros((2, codebook.shape[0] - 1), dtype=codebook.dtype, **lib.place(codebook))
-            normal = lib.standard_normal(function, pair, streams[0])
-            # The angle of a normal pair is uniform.
-            dither = lib.xp.atan2(normal[0, :], normal[1, :]) / (2 * math.pi) + 0.5
+            streams = lib.streams(function, rng, 2)
+            # Not in 16 bits, which would round what is just below one to one.
+            dtype = lib.compute_dtype(codebook.dtype)
+            pairs = lib.xp.zeros((codebook.shape[0] - 1, 2), dtype=dtype, **lib.place(codebook))
+            dither = uniform(lib, lib.standard_normal(function, pairs, streams[0]))
             ends = None
             if self.noisy:
                 ends = lib.standard_normal(function, lib.xp.stack([z, z], axis=0), streams[1])
@@ -167,10 +170,6 @@ class SFDiVeQ(SpaceFilling):
     @property
     def noisy(self) -> bool:
         return self.sigma > 0
-
-    @property
-    def hard(self) -> bool:
-        return self.sigma == 0
 
 
 @dataclass(frozen=True)

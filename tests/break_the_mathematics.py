@@ -90,8 +90,10 @@ def bound(cases: str, library: str) -> str:
 
 ESTIMATORS, RADIUS, ARRAY, RULE = (f"diveq_core/{name}.py" for name in ("estimators", "radius", "_array", "rule"))
 NUMPY, TORCH, JAX = (f"backends/diveq_{name}/__init__.py" for name in ("numpy", "torch", "jax"))
-ROTATION, SPACE_FILLING, COMPOSE = (f"diveq_core/{name}.py" for name in ("rotation", "space_filling", "compose"))
-CURVE_MODULE, FSQ, GUMBEL = (f"diveq_core/{name}.py" for name in ("curve", "fsq", "gumbel"))
+ROTATION, SPACE_FILLING = (f"diveq_core/{name}.py" for name in ("rotation", "space_filling"))
+RESIDUAL, PRODUCT = (f"diveq_core/{name}.py" for name in ("residual", "product"))
+CURVE_MODULE, FSQ = (f"diveq_core/{name}.py" for name in ("curve", "fsq"))
+FSQ_RULE, GUMBEL_RULE = (f"diveq_core/{name}.py" for name in ("fsq_rule", "gumbel_rule"))
 CUSTOM_RADIUS = "diveq_core/custom_radius.py"
 CURVE = "test_space_filling.py torch or dithered"
 TORCH_BIND, JAX_BIND = "backends/diveq_torch/bind.py", "backends/diveq_jax/bind.py"
@@ -591,21 +593,21 @@ MUTANTS = (
     ),
     Mutant(
         "residual: the residual not reduced",
-        COMPOSE,
+        RESIDUAL,
         "residual = residual - outs[-1].z_q",
         "residual = residual",
         "test_compose.py autograd",
     ),
     Mutant(
         "residual: chain cut",
-        COMPOSE,
+        RESIDUAL,
         "g_q = g if g_residual is None else g - g_residual",
         "g_q = g",
         "test_compose.py autograd",
     ),
     Mutant(
         "product: groups overlap",
-        COMPOSE,
+        PRODUCT,
         "slice(part * width, (part + 1) * width)",
         "slice(0, width)",
         "test_compose.py decode",
@@ -613,19 +615,26 @@ MUTANTS = (
     Mutant("FSQ: the paper's tan", FSQ, "math.atanh(o / h)", "math.tan(o / h)", "test_fsq.py numpy"),
     Mutant(
         "FSQ: scale of the gradient",
-        FSQ,
+        FSQ_RULE,
         "((1 - tanh) * (1 + tanh)) / halves",
         "((1 - tanh) * (1 + tanh))",
         "test_fsq.py torch",
     ),
     Mutant(
         "Gumbel: temperature lost",
-        GUMBEL,
+        GUMBEL_RULE,
         "y * (x - self.lib.dot(y, x)) / self.estimator.temperature",
         "y * (x - self.lib.dot(y, x))",
         "test_gumbel.py torch",
     ),
-    Mutant("Gumbel: y y^T lost", GUMBEL, "y * (x - self.lib.dot(y, x))", "y * x", "test_gumbel.py torch"),
+    Mutant(
+        "Gumbel: a row that is not finite in the codebook's gradient",
+        GUMBEL_RULE,
+        "kept = zero_rows(lib, lib.xp.expand_dims(indices < 0, axis=1), g)",
+        "kept = g",
+        "test_gumbel.py not_finite_adds and jax",
+    ),
+    Mutant("Gumbel: y y^T lost", GUMBEL_RULE, "y * (x - self.lib.dot(y, x))", "y * x", "test_gumbel.py torch"),
 )
 
 

@@ -388,8 +388,12 @@ def test_errors(library: Library):
 
 def test_numpy_refuses_indices_out_of_range():
     z, codebook = batch()
-    with pytest.raises(ValueError, match=r"^ema_update: indices must lie in \[-1, K\) with K = 6, got 6$"):
-        dq.ema_update(dq.ema_init(codebook), codebook, z, np.full(60, 6))
+    for wrong in (6, -7):
+        text = (
+            rf"^ema_update: indices must lie in \[0, K\) with K = 6, or be -1 .*, got values from {wrong} to {wrong}$"
+        )
+        with pytest.raises(ValueError, match=text):
+            dq.ema_update(dq.ema_init(codebook), codebook, z, np.full(60, wrong))
 
 
 def test_float64(library: Library):

@@ -11,7 +11,8 @@ from diveq_core.compare.autoencoder import initial_parameters, loss_and_gradient
 from diveq_core.compare.layers import affine, perceptron, relu
 from diveq_core.compare.losses import codebook_loss, commitment_loss, squared_error
 from diveq_core.compare.recipes import DEFAULT, RECIPES
-from diveq_core.quantize import lookup, nearest
+from diveq_core.decoding import lookup
+from diveq_core.quantize import nearest
 
 N, P, WIDTH, D, K = 12, 6, 5, 3, 4
 SIZES = {"x": (N, P), "weight": (P, D), "bias": (D,)}

@@ -166,7 +166,7 @@ def test_a_key_gives_every_stage_its_own_noise() -> None:
         (
             lambda: dq.vjp(np.ones((3, 4)), np.ones((2, K, 4)), dq.Residual(dq.STE(), 3)),
             ValueError,
-            ["vjp", "Residual", "length 3", "(2, 7, 4)"],
+            ["vjp", "Residual", "length at least 3", "(2, 7, 4)"],
         ),
         (
             lambda: dq.quantize(np.ones((3, 4)), np.ones((K, 4)), dq.Residual(dq.NSVQ(), 2), noise=np.ones((3, 4))),
@@ -185,6 +185,62 @@ def test_a_key_gives_every_stage_its_own_noise() -> None:
             ValueError,
             ["quantize", "indices", "(..., 2, ...)", "(3, 3)"],
         ),
+        (
+            lambda: dq.vjp(np.ones((3, 4)), np.ones((3, K, 2)), dq.Product(dq.STE(), 2)),
+            ValueError,
+            ["vjp", "Product", "of length 2,", "(3, 7, 2)"],
+        ),
+        (
+            lambda: dq.decode(np.zeros((3, 2), int), np.ones((3, K, 2)), dq.Product(dq.STE(), 2)),
+            ValueError,
+            ["decode", "Product", "of length 2,", "(3, 7, 2)"],
+        ),
+        (
+            lambda: dq.quantize(np.ones((3, 4), int), np.ones((K, 4)), dq.Residual(dq.STE(), 2)),
+            TypeError,
+            ["quantize", "z must have a real floating dtype", "int64"],
+        ),
+        (lambda: dq.quantize(np.float64(1), np.ones((K, 4)), dq.Residual(dq.STE(), 2)), ValueError, ["quantize", "()"]),
+        (
+            lambda: dq.quantize(np.ones((3, 4)), np.ones((K, 4)), dq.Residual(dq.STE(), 2), indices=[[0, 0]] * 3),
+            TypeError,
+            ["quantize", "indices must be an array", "builtins.list"],
+        ),
+        (
+            lambda: dq.decode([[0, 0]], np.ones((K, 4)), dq.Residual(dq.STE(), 2)),
+            TypeError,
+            ["decode", "indices must be an array", "builtins.list"],
+        ),
+        (
+            lambda: dq.vjp(np.ones((3, 4)), np.ones((K, 4)), dq.Residual(dq.NSVQ(), 2), noise=1.0),
+            TypeError,
+            ["vjp", "noise must be an array", "builtins.float"],
+        ),
+        (
+            lambda: dq.vjp(np.ones((3, 4)), np.ones((K, 2)), dq.Product(dq.NSVQ(), 2), noise=np.float64(1)),
+            ValueError,
+            ["vjp", "noise of Product", "D = 4", "()"],
+        ),
+        (
+            lambda: dq.quantize(
+                np.ones((3, 4)),
+                np.ones((K, 4)),
+                dq.Residual(dq.SFDiVeQDetach(), 2),
+                noise=dq.CurveNoise(np.ones(K - 1)),
+            ),
+            TypeError,
+            ["quantize", "noise of Residual", "a sequence of 2", "CurveNoise"],
+        ),
+        (
+            lambda: dq.quantize(
+                np.ones((3, 4)),
+                np.ones((K, 4)),
+                dq.Residual(dq.SFDiVeQDetach(), 2),
+                noise=[dq.CurveNoise(np.ones(K - 1))],
+            ),
+            ValueError,
+            ["quantize", "noise of Residual", "a sequence of 2", "1"],
+        ),
     ],
 )
 def test_errors_say_what_was_expected_and_what_was_got(make: Any, error: type[Exception], parts: list[str]) -> None:
@@ -192,3 +248,74 @@ def test_errors_say_what_was_expected_and_what_was_got(make: Any, error: type[Ex
         make()
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [[[0.0]], None, 1.0], ids=repr)
+@pytest.mark.parametrize("estimator", [dq.Residual(dq.STE(), 2), dq.Product(dq.STE(), 2)], ids=repr)
+def test_what_is_no_array_is_named(estimator: Any, wrong: Any) -> None:
+    z, codebook = np.ones((3, 4)), np.ones((K, 4))
+    verbs = {
+        "quantize": dq.quantize,
+        "vjp": dq.vjp,
+        "jvp": lambda z, words, estimator: dq.jvp(z, words, z, words, estimator),
+    }
+    for name, verb in verbs.items():
+        for what, arguments in (("z", (wrong, codebook)), ("codebook", (z, wrong))):
+            with pytest.raises(
+                TypeError, match=rf"^{name}: {what} must be an array .* got builtins\.{type(wrong).__name__}$"
+            ):
+                verb(*arguments, estimator)
+    with pytest.raises(TypeError, match=r"^decode: codebook must be an array"):
+        dq.decode(np.zeros((3, 2), int), wrong, estimator)
+
+
+COMPOSITES = {
+    "residual": (dq.Residual(dq.DiVeQDetach(), 2), (2, K, 4)),
+    "product": (dq.Product(dq.DiVeQDetach(), 2), (2, K, 2)),
+    "nested": (dq.Product(dq.Residual(dq.DiVeQDetach(), 2), 2), (2, 2, K, 2)),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_cotangents_and_tangents_of_another_shape_are_refused(name: str, library: Library) -> None:
+    estimator, words = COMPOSITES[name]
+    z, codebook = library.to(np.ones((3, 4), np.float32)), library.to(np.ones(words, np.float32))
+    _, pullback = dq.vjp(z, codebook, estimator)
+    for shape in ((3, 6), (3, 3), (1, 4), (4,)):
+        wrong = library.to(np.ones(shape, np.float32))
+        with pytest.raises(ValueError, match=r"^pullback: g must have the shape of z_q, \(3, 4\), got"):
+            pullback(wrong)
+        with pytest.raises(ValueError, match=r"^jvp: dz must have the shape of z, \(3, 4\), got"):
+            dq.jvp(z, codebook, wrong, codebook, estimator)
+    more = library.to(np.ones((words[0] + 1, *words[1:]), np.float32))
+    with pytest.raises(ValueError, match=r"^jvp: dcodebook must have the shape of codebook, .*, got \(3,"):
+        dq.jvp(z, codebook, z, more, estimator)
+    with pytest.raises(TypeError, match=r"^pullback: g must be an array"):
+        pullback(1.0)
+
+
+@pytest.mark.parametrize("estimator", [dq.SFDiVeQDetach(), dq.SFDiVeQ(0.3)], ids=repr)
+def test_a_sequence_gives_each_part_its_own_noise(estimator: Any, library: Library) -> None:
+    rng = np.random.default_rng(5)
+    z, codebook = (rng.standard_normal(s).astype(np.float32) for s in ((5, 4), (2, K, 2)))
+
+    def drawn() -> tuple[np.ndarray, np.ndarray]:
+        return rng.random(K - 1).astype(np.float32), rng.standard_normal((2, 5, 2)).astype(np.float32)
+
+    parts = [drawn(), drawn()]
+    noise = [dq.CurveNoise(library.to(dither), library.to(ends)) for dither, ends in parts]
+    z_, codebook_ = library.to(z), library.to(codebook)
+    out = dq.quantize(z_, codebook_, dq.Product(estimator, 2), noise=noise)
+    for part in range(2):
+        alone = dq.quantize(z_[:, 2 * part : 2 * part + 2], codebook_[part, ...], estimator, noise=noise[part])
+        np.testing.assert_array_equal(library.back(out.z_q)[:, 2 * part : 2 * part + 2], library.back(alone.z_q))
+        np.testing.assert_array_equal(library.back(out.indices)[:, part], library.back(alone.indices))
+    wide = library.to(np.concatenate([z[:, :2], z[:, 2:]]))
+    pair = [
+        dq.CurveNoise(x.dither, None if x.ends is None else library.to(np.tile(e, (1, 2, 1))))
+        for x, (_, e) in zip(noise, parts, strict=True)
+    ]
+    staged = dq.quantize(wide, codebook_, dq.Residual(estimator, 2), noise=pair)
+    first = dq.quantize(wide, codebook_[0, ...], estimator, noise=pair[0])
+    second = dq.quantize(wide - first.z_q, codebook_[1, ...], estimator, noise=pair[1])
+    np.testing.assert_array_equal(library.back(staged.z_q), library.back(first.z_q + second.z_q))

@@ -68,6 +68,15 @@ def test_float16_coefficients_are_summed_in_float32(library: Library):
     assert_close(dq.coefficient(g, z, q), np.zeros(1, np.float16), library)
 
 
+def test_small_float16_prices_are_positive(library: Library):
+    if not library.float16:
+        pytest.skip(f"{library.name} has no float16")
+    # 1e-8 is 0 in float16.
+    g, z, q = (library.to(np.full((3, 1), value, np.float16)) for value in (1e-4, 0.0, 1e-4))
+    assert float(library.back(dq.coefficient(g, z, q))[0]) == 0
+    assert float(dq.positive_share(g, z, q)) == 1
+
+
 @pytest.mark.parametrize("radius", RADII, ids=repr)
 def test_equivalent_loss(library: Library, radius: dq.Radius):
     g, z, q = (x.reshape(2, 2, 3) for x in rows(4))
@@ -158,7 +167,7 @@ def test_perplexity_and_used_share(library: Library, counts: list[int], effectiv
 @pytest.mark.parametrize("function", [dq.coefficient, dq.positive_share, dq.equivalent_loss])
 def test_errors_of_rows(library: Library, function):
     more = (dq.Power(1.0),) if function is dq.equivalent_loss else ()
-    name = "equivalent_loss" if more else "coefficient"
+    name = function.__name__
     g, z, q = (library.to(x) for x in rows(4))
     with pytest.raises(ValueError, match=rf"^{name}: g must have the shape of z, \(4, 3\), got \(2, 3\)$"):
         function(g[:2, :], z, q, *more)
@@ -185,7 +194,7 @@ def test_errors_of_the_equivalent_losss_radius(library: Library):
 def test_errors_of_counts(library: Library):
     with pytest.raises(TypeError, match=r"^usage: indices must have an integer dtype, got .*float32"):
         dq.usage(library.to(np.zeros(3, np.float32)), 3)
-    for wrong in (0, -1, 2.0, None):
+    for wrong in (0, -1, 2.0, None, True):
         with pytest.raises(ValueError, match=rf"^usage: count must be an integer >= 1, got {re.escape(repr(wrong))}$"):
             dq.usage(library.to(np.zeros(3, int)), wrong)
     with pytest.raises(TypeError, match=r"^usage: indices must be an array .*, got builtins\.list$"):
@@ -201,8 +210,12 @@ def test_errors_of_counts(library: Library):
 
 
 def test_usage_refuses_in_numpy_what_it_would_drop():
-    with pytest.raises(ValueError, match=r"^usage: indices must lie in \[-1, count\) with count = 3, got 3$"):
-        dq.usage(np.array([0, 3]), 3)
+    for values in ([0, 3], [-7, 1]):
+        with pytest.raises(
+            ValueError, match=r"^usage: indices must lie in \[0, count\) with count = 3, or be -1"
+        ) as error:
+            dq.usage(np.array(values), 3)
+        assert str(error.value).endswith(f"got values from {values[0]} to {values[1]}")
 
 
 def test_mixed_dtypes(library: Library):

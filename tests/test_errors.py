@@ -320,6 +320,24 @@ def test_jax_key_of_the_wrong_kind(wrong):
     assert_says(error, "quantize", "rng must be a JAX key", f"{wrong.dtype} of shape {wrong.shape}")
 
 
+@pytest.mark.parametrize(
+    ("estimator", "words"),
+    [
+        (dq.Residual(dq.NSVQ(), 2), CODEBOOK),
+        (dq.Product(dq.STE(), 3), CODEBOOK[:, :1]),
+        (dq.SFDiVeQ(), CODEBOOK),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("verb", [dq.quantize, dq.vjp])
+def test_a_key_that_is_split_is_checked_first(verb, estimator, words: np.ndarray):
+    library = library_named("jax")
+    for wrong in (np.random.default_rng(0), 0, library.to(np.zeros(2, np.float32))):
+        with pytest.raises(TypeError) as error:
+            verb(library.to(Z), library.to(words), estimator, rng=wrong)
+        assert_says(error, verb.__name__, "rng must be a JAX key for JAX arrays", "")
+
+
 def test_several_jax_keys():
     library = library_named("jax")
     import jax
@@ -378,19 +396,21 @@ def test_lookup(library: Library):
     assert_says(error, "lookup", "indices must be an array", "builtins.int")
 
 
-@pytest.mark.parametrize("values", [[0, 4], [-1, 3], [-5, 9]])
-@pytest.mark.parametrize("function", ["lookup", "quantize"])
+@pytest.mark.parametrize("values", [[0, 4], [-2, 3], [-5, 9]])
+@pytest.mark.parametrize("function", ["lookup", "decode", "quantize"])
 def test_numpy_refuses_indices_out_of_range(values: list[int], function: str):
     indices = np.array(values)
 
     def verb(indices):
         if function == "lookup":
             return dq.lookup(indices, CODEBOOK)
+        if function == "decode":
+            return dq.decode(indices, CODEBOOK, dq.DiVeQ())
         return dq.quantize(Z[:2], CODEBOOK, dq.STE(), indices=indices)
 
     with pytest.raises(ValueError, match="indices") as error:
         verb(indices)
-    expected = "indices must lie in [0, K) with K = 4"
+    expected = "indices must lie in [0, K) with K = 4, or be -1 for a vector that is not finite"
     assert_says(error, function, expected, f"values from {values[0]} to {values[1]}")
 
 

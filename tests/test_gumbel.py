@@ -185,6 +185,43 @@ def test_extremes_are_finite(library: Library) -> None:
             np.testing.assert_array_equal(g_logits[0], 0)
 
 
+def test_a_row_that_is_not_finite_adds_nothing_to_the_codebook(library: Library) -> None:
+    rng = np.random.default_rng(0)
+    logits, codebook, noise = (rng.standard_normal(s).astype(np.float32) for s in ((4, 3), (3, 2), (4, 3)))
+    g = rng.standard_normal((4, 2)).astype(np.float32)
+    logits[1, 2], g[1] = np.nan, np.nan
+    kept = [0, 2, 3]
+    _, whole = dq.gumbel_vjp(logits[kept], codebook, dq.GumbelST(0.5), noise=noise[kept])
+    expected = whole(g[kept])
+    a, e, n, g_ = (library.to(x) for x in (logits, codebook, noise, g))
+    if library.name == "torch":
+        a = a.requires_grad_()
+    _, pullback = dq.gumbel_vjp(a, e, dq.GumbelST(0.5), noise=n, check_finite=False)
+    g_logits, g_codebook = pullback(g_)
+    # Sums of three numbers of order one.
+    assert_close(g_codebook, expected[1], library, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(library.back(g_logits)[kept], expected[0], rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivatives_leave_out_a_row_that_is_not_finite() -> None:
+    jax = pytest.importorskip("jax")
+    rng = np.random.default_rng(1)
+    logits, codebook, noise = (rng.standard_normal(s).astype(np.float32) for s in ((4, 3), (3, 2), (4, 3)))
+    logits[1, 2] = np.nan
+
+    def first(e: Any, rows: Any) -> Any:
+        def loss(e: Any) -> Any:
+            z_q = dq.gumbel_quantize(logits_[rows], e, dq.GumbelST(), noise=noise_[rows]).z_q
+            return jax.numpy.nansum(z_q * z_q)
+
+        return (jax.grad(loss)(e) ** 2).sum()
+
+    logits_, noise_ = jax.numpy.asarray(logits), jax.numpy.asarray(noise)
+    whole, kept = (jax.grad(first)(jax.numpy.asarray(codebook), np.array(r)) for r in ([0, 1, 2, 3], [0, 2, 3]))
+    # float32 of order ten.
+    np.testing.assert_allclose(whole, kept, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("rows", "count"), [(0, 3), (2, 1)])
 def test_no_rows_and_one_codeword(library: Library, rows: int, count: int) -> None:
     logits, codebook = np.zeros((rows, count), np.float32), np.ones((count, 2), np.float32)

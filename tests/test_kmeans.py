@@ -121,6 +121,20 @@ def test_what_is_not_finite_is_left_out(library: Library):
     assert np.isfinite(library.back(dq.kmeans(library.to(bad), library.to(begin)).codebook)).all()
 
 
+def test_a_traced_batch_without_a_finite_vector_gives_a_finite_codebook():
+    jax = pytest.importorskip("jax")
+    z, noise = jax.numpy.full((4, 2), jax.numpy.nan), jax.numpy.asarray(normal(3))
+    begin = jax.numpy.asarray(np.arange(6, dtype=np.float32).reshape(3, 2))
+    for found in (
+        jax.jit(lambda z: dq.kmeans(z, 3, noise=noise, iterations=2))(z),
+        jax.jit(lambda z: dq.kmeans(z, begin, iterations=2))(z),
+    ):
+        assert np.isfinite(found.codebook).all()
+        np.testing.assert_array_equal(found.indices, [-1, -1, -1, -1])
+        assert float(found.inertia) == 0
+    assert np.isfinite(jax.jit(lambda z: dq.kmeans_plus_plus(z, 3, noise=noise))(z)).all()
+
+
 @given(seed=st.integers(0, 1000), exponent=st.integers(-38, 38), count=st.integers(1, 9))
 def test_codewords_are_finite_and_in_the_hull(seed: int, exponent: int, count: int):
     rng = np.random.default_rng(seed)
@@ -194,6 +208,11 @@ def test_errors(library: Library):
     for wrong in (0, True, -1):
         with pytest.raises(ValueError, match=r"^kmeans_plus_plus: the size of the codebook must be an integer"):
             dq.kmeans_plus_plus(z, wrong)
+    for wrong in (True, False):
+        with pytest.raises(
+            ValueError, match=rf"^kmeans: the size of the codebook must be an integer >= 1, got {wrong}$"
+        ):
+            dq.kmeans(z, wrong)
     for wrong in (-1, 1.5, True):
         with pytest.raises(ValueError, match=r"^kmeans: iterations must be an integer >= 0, got"):
             dq.kmeans(z, z, iterations=wrong)

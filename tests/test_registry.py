@@ -93,6 +93,18 @@ def test_a_library_served_by_the_standard_gets_a_backend_later():
     assert backend.searches == 1
 
 
+def test_what_is_registered_stays_before_entry_points_that_load_later(monkeypatch: pytest.MonkeyPatch):
+    # As in a process that has served no array yet.
+    monkeypatch.setattr(registry, "_backends", [])
+    backend = ThirdParty()
+    dq.register(backend)
+    dq.nearest(Z, CODEBOOK)
+    assert registry._backends[0] is backend
+    assert len(registry._backends) > 1
+    dq.nearest(Z.view(Marked), CODEBOOK.view(Marked))
+    assert backend.searches == 1
+
+
 def test_registering_twice_is_once():
     backend = ThirdParty()
     dq.register(backend)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import diveq_core as dq
 from conftest import Library, assert_close
+from diveq_core.registry import backend_of
 
 ESTIMATORS = [dq.SFDiVeQDetach(), dq.SFDiVeQ(0.3)]
 
@@ -138,6 +139,32 @@ def test_noise_is_drawn_once_per_segment_and_independently_per_end(library: Libr
     assert np.linalg.norm(soft, axis=1).mean() < 0.99
 
 
+@pytest.mark.parametrize("estimator", [dq.SFDiVeQDetach(), dq.SFDiVeQ(), dq.SFDiVeQ(0.0)], ids=repr)
+def test_the_output_is_no_codeword(estimator: Any) -> None:
+    assert not estimator.hard
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_drawn_dither_is_below_one(dtype: type) -> None:
+    """float16 would round one in 4096 of them to one."""
+    codebook = np.zeros((50_001, 1), dtype)
+    lib = backend_of("test", codebook=codebook)
+    rng = np.random.default_rng(0)
+    dither = dq.SFDiVeQDetach().prepare("test", lib, codebook[:1], codebook, None, rng).dither
+    assert dither.shape == (50_000,)
+    assert dither.min() >= 0
+    assert dither.max() < 1
+    assert abs(dither.mean() - 0.5) < 0.01
+
+
+def test_the_angle_that_would_be_one_is_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    codebook = np.zeros((4, 1))
+    lib = backend_of("test", codebook=codebook)
+    # The pair (0, -1), whose angle is pi.
+    monkeypatch.setattr(lib, "standard_normal", lambda function, like, rng: like - np.array([0.0, 1.0]))
+    assert dq.SFDiVeQDetach().prepare("test", lib, codebook[:1], codebook, None, None).dither.max() < 1
+
+
 def brute_force(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     """Distance of each vector to the curve, in float64."""
     z, start = z.astype(np.float64)[:, None], codebook.astype(np.float64)[:-1]
@@ -230,6 +257,48 @@ def test_compiled_in_torch() -> None:
     [
         (lambda z, e: dq.quantize(z, e[:1], dq.SFDiVeQDetach()), ValueError, ["quantize", "K >= 2", "(1, 3)"]),
         (lambda z, e: dq.project(z, e[:1]), ValueError, ["project", "K >= 2", "(1, 3)"]),
+        (lambda z, e: dq.decode_curve(np.zeros(3, int), np.zeros(3), e[:1]), ValueError, ["K >= 2", "(1, 3)"]),
+        (lambda z, e: dq.decode_curve(np.zeros(3, int), np.zeros(3), e[:, :0]), ValueError, ["D >= 1", "(5, 0)"]),
+        (
+            lambda z, e: dq.decode_curve(np.array([0, 4]), np.zeros(2), e),
+            ValueError,
+            ["decode_curve", "segments must lie in [0, K - 1) with K - 1 = 4, or be -1", "from 0 to 4"],
+        ),
+        (
+            lambda z, e: dq.decode_curve(np.array([-5, 1]), np.zeros(2), e),
+            ValueError,
+            ["decode_curve", "segments must lie in", "from -5 to 1"],
+        ),
+        (
+            lambda z, e: dq.decode_curve(np.array([0, 1]), np.array([np.nan, 1.5]), e),
+            ValueError,
+            ["decode_curve", "positions must lie in [0, 1], or be NaN", "from 0.5 to 1.5"],
+        ),
+        (
+            lambda z, e: dq.decode_curve(np.array([0, 1]), np.array([-0.25, 1.0]), e),
+            ValueError,
+            ["decode_curve", "positions must lie in [0, 1], or be NaN", "from -0.25 to 1.0"],
+        ),
+        (
+            lambda z, e: dq.quantize(z, e, dq.SFDiVeQDetach(), indices=np.full(4, 4)),
+            ValueError,
+            ["quantize", "[0, K - 1) with K - 1 = 4", "from 4 to 4"],
+        ),
+        (
+            lambda z, e: dq.decode(np.zeros(4, int), e, dq.SFDiVeQDetach()),
+            TypeError,
+            ["decode: estimator must be one whose output is a codeword", "SFDiVeQDetach; use project and decode_curve"],
+        ),
+        (
+            lambda z, e: dq.decode(np.zeros((4, 2), int), e, dq.Residual(dq.SFDiVeQ(0.0), 2)),
+            TypeError,
+            ["decode: estimator must be one whose output is a codeword", "SFDiVeQ; use project and decode_curve"],
+        ),
+        (
+            lambda z, e: dq.decode(np.zeros((4, 1), int), e, dq.Product(dq.SFDiVeQ(), 1)),
+            TypeError,
+            ["decode: estimator must be one whose output is a codeword", "SFDiVeQ; use project and decode_curve"],
+        ),
         (lambda z, e: dq.project(z[:, :2], e), ValueError, ["project", "D = 3", "(4, 2)"]),
         (lambda z, e: dq.vjp(z, e, dq.SFDiVeQ(), noise=z), TypeError, ["vjp", "CurveNoise", "ndarray"]),
         (
@@ -261,3 +330,11 @@ def test_errors_say_what_was_expected_and_what_was_got(make: Any, error: type[Ex
         make(np.ones((4, 3)), np.ones((5, 3)))
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_numpy_decodes_what_was_not_finite() -> None:
+    codebook = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    with np.errstate(invalid="ignore"):
+        out = dq.project(np.array([[0.0, np.nan], [0.5, 0.0]]), codebook, check_finite=False)
+    points = dq.decode_curve(out.segments, out.positions, codebook)
+    np.testing.assert_array_equal(points, [[np.nan, np.nan], [0.5, 0.0]])

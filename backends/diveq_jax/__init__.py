@@ -45,18 +45,14 @@ class JaxBackend(Backend):
                 f"{function}: JAX has no default random stream; expected noise= of shape {tuple(z.shape)} or "
                 f"rng=jax.random.key(seed), got neither"
             )
-        if not isinstance(rng, jax.Array):
-            raise TypeError(f"{function}: rng must be a JAX key for JAX arrays, got {describe(rng)}")
-        # One of jax.random.key(), or of the older jax.random.PRNGKey().
-        typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim == 0
-        if not typed and (rng.dtype != jnp.uint32 or rng.ndim != 1):
-            raise TypeError(
-                f"{function}: rng must be a JAX key for JAX arrays, got an array {rng.dtype} of shape {rng.shape}"
-            )
+        _check_key(function, rng)
         return jax.random.normal(rng, z.shape, z.dtype)
 
-    def streams(self, rng: Any, count: int) -> list[Any]:
-        return [None] * count if rng is None else list(jax.random.split(rng, count))
+    def streams(self, function: str, rng: Any, count: int) -> list[Any]:
+        if rng is None:
+            return [None] * count
+        _check_key(function, rng)
+        return list(jax.random.split(rng, count))
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
@@ -90,6 +86,17 @@ class JaxBackend(Backend):
         log_r, pullback = jax.vjp(lambda q, z: safe_log(self, r(q, z)), q, z)
         to_q, to_z = pullback(jnp.ones_like(log_r))
         return to_q, to_z
+
+
+def _check_key(function: str, rng: object) -> None:
+    if not isinstance(rng, jax.Array):
+        raise TypeError(f"{function}: rng must be a JAX key for JAX arrays, got {describe(rng)}")
+    # One of jax.random.key(), or of the older jax.random.PRNGKey().
+    typed = jnp.issubdtype(rng.dtype, jax.dtypes.prng_key) and rng.ndim == 0
+    if not typed and (rng.dtype != jnp.uint32 or rng.ndim != 1):
+        raise TypeError(
+            f"{function}: rng must be a JAX key for JAX arrays, got an array {rng.dtype} of shape {rng.shape}"
+        )
 
 
 backend = JaxBackend()

@@ -11,13 +11,15 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from diveq_core.compare.quantizers import Arrays, Quantizer, Trained
-from diveq_core.compose import Composite, Product, Residual
 from diveq_core.diagnostics import usage
 from diveq_core.estimators import STE
+from diveq_core.product import Product
 from diveq_core.quantize import nearest, quantize, vjp
+from diveq_core.residual import Residual
 
 if TYPE_CHECKING:
     from diveq_core._array import Array
+    from diveq_core.compose import Composite
     from diveq_core.estimators import Estimator
 
 PARTS = 2

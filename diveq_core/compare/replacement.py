@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from array_api_compat import array_namespace
 
-from diveq_core.codebook import replace_unused
+from diveq_core.replacement import replace_unused
 
 if TYPE_CHECKING:
     from diveq_core._array import Array

@@ -1,0 +1,110 @@
+"""Vectors from the indices of codewords."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from diveq_core._array import describe
+from diveq_core.call import check_estimator
+from diveq_core.checks import check_codebook, check_floating, checked_indices
+from diveq_core.compose import Composite
+from diveq_core.registry import backend_of
+from diveq_core.space_filling import SpaceFilling
+
+if TYPE_CHECKING:
+    from diveq_core._array import Array
+    from diveq_core.backend import Backend
+    from diveq_core.estimators import Estimator
+
+
+def lookup(indices: Array, codebook: Array, /) -> Array:
+    r"""Codewords of given indices.
+
+    .. math:: q = E_i
+
+    Parameters
+    ----------
+    indices : integer array (...)
+        As `nearest` gives them.
+    codebook : array (K, D)
+
+    Returns
+    -------
+    array (..., D)
+        In the codebook's dtype. An index of -1, the mark of a vector that was not finite, gives NaN.
+
+    Raises
+    ------
+    TypeError
+        If the indices are not integers, or the arrays are of different libraries.
+    ValueError
+        If the codebook is empty, or, in NumPy, an index is outside ``[-1, K)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.lookup(np.array([1, 0]), np.array([[0.0, 0.5], [1.0, 1.5]]))
+    array([[1. , 1.5],
+           [0. , 0.5]])
+    """
+    lib = backend_of("lookup", indices=indices, codebook=codebook)
+    return _rows_of("lookup", lib, indices, codebook)
+
+
+def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /) -> Array:
+    r"""Vectors from indices: what a hard estimator's `quantize` gave, exactly.
+
+    .. math:: z_q = E_i
+
+    Parameters
+    ----------
+    indices : integer array (...)
+        As `quantize` gave them: with one axis more for a `Residual` or `Product`.
+    codebook : array (K, D)
+        Or what the `Residual` or `Product` takes.
+    estimator : Estimator, Residual or Product
+        With noise it gives the codeword, which its output was near. None that is space-filling: an index alone does
+        not say where on its segment a vector lies. `project` and `decode_curve` do.
+
+    Returns
+    -------
+    array (..., D)
+        In the codebook's dtype; the sum of the stages' codewords for a `Residual`, and those of the groups side by
+        side for a `Product`. An index of -1 gives NaN.
+
+    Raises
+    ------
+    TypeError
+        If the indices are not integers, the arrays are of different libraries, or the estimator is space-filling.
+    ValueError
+        If shapes do not fit, or, in NumPy, an index is outside ``[-1, K)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> codebooks = np.array([[[0.0, 0.0], [4.0, 4.0]], [[0.0, 0.0], [0.5, -0.5]]])
+    >>> dq.decode(np.array([[1, 1], [0, 1]]), codebooks, dq.Residual(dq.STE(), stages=2))
+    array([[ 4.5,  3.5],
+           [ 0.5, -0.5]])
+    """
+    lib = backend_of("decode", indices=indices, codebook=codebook)
+    if isinstance(estimator, Composite):
+        return estimator.decode(lib, decode, indices, codebook)
+    check_estimator("decode", estimator)
+    if isinstance(estimator, SpaceFilling):
+        raise TypeError(
+            f"decode: estimator must be one whose output is a codeword, got {describe(estimator)}; use project and "
+            f"decode_curve"
+        )
+    return _rows_of("decode", lib, indices, codebook)
+
+
+def _rows_of(function: str, lib: Backend, indices: Array, codebook: Array) -> Array:
+    check_floating(lib, function, codebook=codebook)
+    check_codebook(function, codebook)
+    indices = checked_indices(lib, function, indices, codebook.shape[0])
+    rows = lib.take_rows(codebook, lib.xp.reshape(indices, (math.prod(indices.shape),)))
+    return lib.xp.reshape(rows, (*indices.shape, codebook.shape[1]))

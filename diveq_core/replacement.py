@@ -1,0 +1,177 @@
+r"""Replacement of unused codewords; like `diveq_core.codebook`, pure and over ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diveq_core.checks import check_codebook, check_floating, check_pair, check_shape, checked_number, flat_rows
+from diveq_core.codebook import EMAState, check_state
+from diveq_core.ranks import Ranks, drawn_noise, finite_rows, pick, uniform
+from diveq_core.registry import backend_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core._array import Array
+    from diveq_core.backend import Backend
+
+
+class Replaced(NamedTuple):
+    """What `replace_unused` gives."""
+
+    codebook: Array
+    """The new codebook, (K, D)."""
+
+    state: EMAState | None
+    """The new state of the moving averages, if one was given."""
+
+    rows: Array
+    """Which rows were replaced, boolean (K,): those whose optimizer moments are of the past."""
+
+
+def replace_unused(
+    codebook: Array,
+    counts: Array,
+    /,
+    *,
+    z: Array | None = None,
+    threshold: float = 0.0,
+    jitter: float = 0.01,
+    noise: Array | None = None,
+    rng: Any = None,
+    state: EMAState | None = None,
+    all_reduce: Callable[[Array], Array] | None = None,
+) -> Replaced:
+    r"""Replace unused codewords, by used ones in proportion to their use or by vectors of the batch.
+
+    .. math::
+        E_k \leftarrow x + \text{jitter} \cdot \bar d \cdot \epsilon \quad\text{where}\quad
+        n_k \le \text{threshold} \cdot \tfrac1K \textstyle\sum_j n_j
+
+    with :math:`x` a used codeword or a vector, and :math:`\bar d` the mean absolute deviation of what it is drawn from.
+
+    Parameters
+    ----------
+    codebook : array (K, D)
+        A codeword that is not finite counts as unused.
+    counts : array (K,)
+        Use of each codeword: `usage` of one or several batches, or `EMAState.counts`. Only proportions matter.
+    z : array (..., D), optional
+        Vectors to draw from instead of used codewords; those that are not finite are left out.
+    threshold : float, default 0
+        Share in [0, 1) of the mean use up to which a codeword counts as unused.
+    jitter : float, default 0.01
+        Standard deviation of what is added, in parts of the data's mean absolute deviation. 0 only with ``z``.
+    noise : array (K, D + 2), optional
+        Standard normal numbers: the jitter, and two columns whose angle is the draw. The same noise gives the same
+        codebook in every library.
+    rng : optional
+        The library's own generator to draw noise from, as in `quantize`. **All ranks must use the same seed.**
+    state : EMAState, optional
+        Moving averages, whose replaced rows are to begin anew.
+    all_reduce : callable, optional
+        Sum over ranks, array -> array of the same shape. Counts that are the same on all ranks may be summed too.
+
+    Returns
+    -------
+    Replaced
+        ``codebook``, ``state`` and the boolean mask ``rows`` (K,) of what was replaced. Used codewords are as they
+        were; if there is nothing to draw from, all are.
+
+    Raises
+    ------
+    TypeError
+        If libraries or dtypes do not agree.
+    ValueError
+        If shapes do not fit or an option is out of range.
+
+    Notes
+    -----
+    With M codewords to replace, the j-th is drawn from the j-th of M equal parts of the cumulative use: each source
+    is drawn in proportion to its use, and none much more often. Each coordinate of a copy is moved by at least a few
+    units in its last place, so that no copy equals its source, as it does where a fixed jitter of 1e-9 vanishes in
+    float32. On several ranks ``z`` is drawn as from the joined batch: one rank has the vector, the others add zeros.
+
+    References
+    ----------
+    Vali, Bäckström, "NSVQ: Noise Substitution in Vector Quantization for Machine Learning", IEEE Access 10:13598,
+    section III.B, for the draw by use.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> codebook = np.array([[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
+    >>> replaced = dq.replace_unused(codebook, np.array([3.0, 1.0, 0.0]), rng=np.random.default_rng(0))
+    >>> replaced.rows
+    array([False, False,  True])
+    >>> bool(np.abs(replaced.codebook[2]).max() < 1.1)
+    True
+    """
+    lib = backend_of("replace_unused", codebook=codebook, counts=counts)
+    check_floating(lib, "replace_unused", codebook=codebook, counts=counts)
+    check_codebook("replace_unused", codebook)
+    count, width = codebook.shape
+    check_shape("replace_unused", "counts", counts, (count,), "codebook without its last axis")
+    if z is not None:
+        backend_of("replace_unused", codebook=codebook, z=z)
+        check_pair(lib, "replace_unused", z, codebook)
+    if state is not None:
+        check_state(lib, "replace_unused", state, codebook)
+    threshold = checked_number("replace_unused", "threshold", threshold, 0.0, 1.0)
+    jitter = checked_number("replace_unused", "jitter", jitter, 0.0, math.inf)
+    if jitter == 0 and z is None:
+        raise ValueError("replace_unused: jitter must be > 0 without z, since exact copies are never chosen, got 0")
+    ranks = Ranks(lib, "replace_unused", all_reduce)
+    xp, dtype = lib.xp, lib.compute_dtype(codebook.dtype)
+    noise = drawn_noise(lib, "replace_unused", codebook, (count, width + 2), noise, rng)
+
+    codebook = lib.stop_gradient(codebook)
+    words, finite = finite_rows(lib, lib.astype(codebook, dtype))
+    n = ranks.sum(lib.astype(lib.stop_gradient(counts), dtype))
+    n = xp.where(finite & xp.isfinite(n) & (n > 0), n, xp.zeros_like(n))
+    unused = n <= threshold * xp.sum(n) / count
+    number = xp.astype(unused, dtype)
+    order = xp.cumulative_sum(number)
+    positions = (order - number + uniform(lib, noise[:, width:])) / _at_least_one(lib, number)
+
+    if z is None:
+        weights = xp.where(unused, xp.zeros_like(n), n)
+        sources = xp.take(words, pick(lib, weights, positions), axis=0)
+        total, deviation = _deviation(Ranks(lib, "replace_unused", None), words, weights)
+    else:
+        rows, valid = finite_rows(lib, lib.astype(flat_rows(lib, lib.stop_gradient(z)), dtype))
+        weights = xp.astype(valid, dtype)
+        sources = ranks.draw(rows, weights, positions)
+        total, deviation = _deviation(ranks, rows, weights)
+
+    e = noise[:, :width]
+    # At least four units in the last place of the largest entry, so that the move survives rounding; four more for
+    # each replacement, so that two of the same source differ.
+    unit = 4 * float(xp.finfo(codebook.dtype).eps) * xp.max(xp.abs(sources), axis=1, keepdims=True) * order[:, None]
+    step = jitter * deviation * e + xp.where(e < 0, -unit, unit) if jitter > 0 else xp.zeros_like(e)
+    new = lib.astype(sources + step, codebook.dtype)
+    replaced = unused & (total > 0) & xp.all(xp.isfinite(new), axis=1)
+    at = replaced[:, None]
+    if state is not None:
+        counts = xp.where(replaced, xp.zeros_like(state.counts), state.counts)
+        state = EMAState(counts, xp.where(at, lib.astype(new, dtype), state.means))
+    return Replaced(xp.where(at, new, codebook), state, replaced)
+
+
+def _deviation(ranks: Ranks, rows: Array, weights: Array) -> tuple[Array, Array]:
+    """Total weight and mean absolute deviation of weighted rows, both (); where that is 0, mean size, or 1."""
+    xp = ranks.lib.xp
+    total = ranks.sum(xp.sum(weights))
+    share = (weights / xp.where(total > 0, total, xp.ones_like(total)))[:, None]
+    mean = ranks.sum(xp.sum(rows * share, axis=0))
+    both = xp.stack([xp.sum(xp.abs(rows - mean) * share), xp.sum(xp.abs(rows) * share)])
+    both = ranks.sum(both) / rows.shape[1]
+    deviation, size = both[0], both[1]
+    return total, xp.where(deviation > 0, deviation, xp.where(size > 0, size, xp.ones_like(size)))
+
+
+def _at_least_one(lib: Backend, x: Array) -> Array:
+    total = lib.xp.sum(x)
+    return lib.xp.where(total > 0, total, lib.xp.ones_like(total))
