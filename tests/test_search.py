@@ -11,11 +11,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diveq_core as dq
-from conftest import Library, assert_close, float64_in, library_named, run_python, standard_promotion
+from conftest import LIBRARIES, Library, assert_close, float64_in, library_named, run_python, standard_promotion
 
 # What the search must not allocate: N x K x 4 bytes is 1 GiB.
 N, K, D = 1 << 15, 1 << 13, 4
 MEBI = 1 << 20
+
+
+# What searches besides each library's own choice: without faiss NumPy and torch compare by products of their own.
+PATHS = {
+    "numpy without faiss": ("numpy", "diveq_numpy.search._faiss", lambda: None),
+    "torch by product": ("torch", "diveq_torch.search._nearest_by_numpy", None),
+}
+
+
+@pytest.fixture(params=[*LIBRARIES, *PATHS])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Every library, and again where another of its searches takes part."""
+    if request.param in LIBRARIES:
+        return LIBRARIES[request.param]()
+    name, target, replacement = PATHS[request.param]
+    found = library_named(name)
+    if name == "torch":
+        from diveq_torch.search import _nearest_by_product as replacement
+    monkeypatch.setattr(target, replacement)
+    return found
 
 
 def squared_distances(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
@@ -26,26 +46,37 @@ def squared_distances(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def rounding(z: np.ndarray, codebook: np.ndarray, eps: float) -> np.ndarray:
-    """How much further, in squared distance, a codeword may be that rounding cannot tell from the nearest, (N,).
+    """How much of the squared distance to each codeword rounding of the centred data may hide, (N, K).
 
-    A score |e|^2 / 2 - <y, e> is a dot product of length D + 1. With unit roundoff u = eps / 2 it is wrong by at
-    most (D + 1) u (|y||e| + |e|^2 / 2), in squared distance (twice a score) by (D + 1) u (|y| + |e|)^2; rounding y,
-    e and |e|^2 themselves adds less than 3 u (|y| + |e|)^2. Two scores are compared.
+    A score |e|^2 / 2 - <y, e> is a sum of D + 1 products. Added in any order, with roundings that are no
+    conspiracy, it is wrong by about sqrt(D + 1) units roundoff of |y||e| + |e|^2 / 2, and in squared distance (twice
+    a score) of (|y| + |e|)^2; rounding y, e and |e|^2 themselves adds three at most. The unit is eps / 2.
+
+    The centre is a multiple of the codebook's spread, so y and e may be that much longer than what is about the mean.
     """
-    centre = codebook.astype(np.float64).mean(axis=0)
-    y = np.linalg.norm(z - centre, axis=1)
-    e = np.linalg.norm(codebook - centre, axis=1).max()
-    return (z.shape[1] + 4) * eps * (y + e) ** 2
+    mean = codebook.mean(axis=0)
+    spread = np.abs(codebook - mean).max()
+    spread = 2.0 ** np.floor(np.log2(spread)) if spread > 0 else 1.0
+    centre = np.round(mean / spread) * spread
+    y, e = (np.linalg.norm(x - centre, axis=1) for x in (z, codebook))
+    return (z.shape[1] ** 0.5 + 3) * eps / 2 * (y[:, None] + e) ** 2
 
 
 def assert_nearest(indices: np.ndarray, z: np.ndarray, codebook: np.ndarray, eps: float) -> None:
-    """The codeword is the nearest to rounding of the centred data, and the first of its copies."""
-    all_squared = squared_distances(z, codebook)
+    """The codeword is the nearest to rounding of the centred data, and the first of its copies.
+
+    With B the rounding of the squared distances to both, its distance is at most sqrt(d^2 + B) for a least distance d:
+    d + B / (2 d) where vectors lie away from their codewords, and never more than d + sqrt(B).
+    """
     assert indices.min() >= 0
     assert indices.max() < len(codebook)
-    excess = all_squared[np.arange(len(z)), indices] - all_squared.min(axis=1)
-    allowed = rounding(z.astype(np.float64), codebook.astype(np.float64), eps)
-    assert (excess <= allowed).all(), f"excess {excess.max():g}, allowed {allowed[excess.argmax()]:g}"
+    all_squared = squared_distances(z, codebook)
+    rows, best = np.arange(len(z)), all_squared.argmin(axis=1)
+    least = all_squared[rows, best]
+    hidden = rounding(z.astype(np.float64), codebook.astype(np.float64), eps)
+    excess = np.sqrt(all_squared[rows, indices]) - np.sqrt(least)
+    allowed = np.sqrt(least + hidden[rows, indices] + hidden[rows, best]) - np.sqrt(least)
+    assert (excess <= allowed).all(), f"{excess.max():g} further, allowed {allowed[excess.argmax()]:g}"
     _, first, copy_of = np.unique(codebook, axis=0, return_index=True, return_inverse=True)
     np.testing.assert_array_equal(indices, first[copy_of.reshape(-1)][indices])
 
@@ -175,11 +206,17 @@ def test_far_outside_the_codebook(library: Library, scale: float):
 
 
 def test_a_single_far_codeword_hides_no_other(library: Library):
+    # Codewords 2 apart, and vectors less than 1 from theirs in each coordinate: 1e6 away, the squares of which are
+    # 1e12, nothing of that may be lost. The centre stays a multiple of the spread, here 0, so the others keep
+    # their digits: so it is from six codewords on, where what they share is small beside the spread too.
     rng = np.random.default_rng(4)
-    codebook = rng.standard_normal((32, 4)).astype(np.float32)
+    grid = 2.0 * np.stack(np.meshgrid(*[[-1, 0, 1]] * 4), axis=-1).reshape(-1, 4)
+    codebook = rng.permutation(grid).astype(np.float32)
     codebook[17] = 1e6
-    z = rng.standard_normal((100, 4)).astype(np.float32)
-    assert_nearest(library.back(dq.nearest(library.to(z), library.to(codebook))), z, codebook, EPS32)
+    own = rng.integers(0, len(codebook), 300)
+    z = codebook[own] + rng.uniform(-0.95, 0.95, (300, 4)).astype(np.float32)
+    assert (own == 17).any()
+    np.testing.assert_array_equal(library.back(dq.nearest(library.to(z), library.to(codebook))), own)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4096])
@@ -229,11 +266,16 @@ def test_index_dtype(library: Library):
     assert np.issubdtype(library.back(indices).dtype, np.signedinteger)
 
 
+@pytest.mark.parametrize("faiss", [True, False])
 @pytest.mark.parametrize("name", ["numpy", "array_api_strict"])
-def test_no_distance_matrix_in_memory(name: str):
+def test_no_distance_matrix_in_memory(name: str, faiss: bool, monkeypatch: pytest.MonkeyPatch):
     # 64 MiB against 1 GiB, or 256 MiB by the standard alone, which is slower: room for chunks and copies of the
     # inputs, none for the matrix.
     library = library_named(name)
+    if not faiss:
+        if name != "numpy":
+            pytest.skip("only NumPy searches by faiss")
+        monkeypatch.setattr("diveq_numpy.search._faiss", lambda: None)
     rng = np.random.default_rng(7)
     rows = N if name == "numpy" else N // 4
     z, codebook = (library.to(rng.standard_normal((n, D)).astype(np.float32)) for n in (rows, K))
@@ -246,8 +288,9 @@ def test_no_distance_matrix_in_memory(name: str):
     assert peak < 64 * MEBI
 
 
-@pytest.mark.parametrize("name", ["torch", "jax", "mlx"])
-def test_no_distance_matrix_in_the_process(name: str):
+@pytest.mark.parametrize("path", ["numpy", "torch", "jax", "mlx", *PATHS])
+def test_no_distance_matrix_in_the_process(path: str):
+    name = PATHS[path][0] if path in PATHS else path
     library_named(name)
     # The second call is measured, after the library's own start-up and compilation at a small size. 256 MiB against
     # 1 GiB: thread pools and allocators keep some memory for themselves.
@@ -258,6 +301,12 @@ def test_no_distance_matrix_in_the_process(name: str):
         from conftest import LIBRARIES
 
         library = LIBRARIES[{name!r}]()
+        if {path!r} == "numpy without faiss":
+            import diveq_numpy.search
+            diveq_numpy.search._faiss = lambda: None
+        if {path!r} == "torch by product":
+            import diveq_torch.search
+            diveq_torch.search._nearest_by_numpy = diveq_torch.search._nearest_by_product
         rng = np.random.default_rng(0)
 
         def search(n, k):
