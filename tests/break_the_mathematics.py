@@ -118,15 +118,15 @@ MUTANTS = (
     Mutant(
         "radial: sign of the term in g_z",
         ESTIMATORS,
-        "return g + coefficient * (to_z",
-        "return g - coefficient * (to_z",
+        "return g + coefficient * to_z",
+        "return g - coefficient * to_z",
         verbs("Power or PNorm"),
     ),
     Mutant(
         "radial: the codebook gets z's gradient",
         ESTIMATORS,
-        "coefficient * (to_z * back), coefficient * (to_q * back)",
-        "coefficient * (to_z * back), coefficient * (to_z * back)",
+        "coefficient * to_z, coefficient * to_q",
+        "coefficient * to_z, coefficient * to_z",
         verbs("Power or Cosine"),
     ),
     Mutant(
@@ -198,8 +198,8 @@ MUTANTS = (
     Mutant(
         "radial: the ln r form differentiated",
         ESTIMATORS,
-        "        coefficient = lib.dot(g, live)\n",
-        "        coefficient = lib.dot(g, (q - z) / back)\n",
+        "coefficient = lib.dot(g, live) * back",
+        "coefficient = lib.dot(g, q - z)",
         second("Power or Cosine"),
     ),
     Mutant("torch: nothing is held constant", TORCH, "return x.detach()", "return x + 0", second("DiVeQ")),

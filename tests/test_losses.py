@@ -268,3 +268,25 @@ def test_errors_of_numpy_and_of_the_pullback() -> None:
         pullback(np.ones(2))
     with pytest.raises(TypeError, match=r"^commitment_loss: expected all arrays of one library, got .*mask of torch"):
         dq.commitment_loss(z, codebook, np.array([0, 1]), mask=torch.ones(2, dtype=torch.bool))
+
+
+@by_loss
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_masked_nan_reaches_no_gradient(backend: str, name: str) -> None:
+    """Neither the loss's nor, the pullback differentiated, the next."""
+    library = library_named(backend)
+    z, codebook = np.array([[1.0, 2.0], [np.nan, 3.0]], np.float32), np.array([[1.5, 1.0]], np.float32)
+    indices, mask = library.to(np.array([0, 0])), library.to(np.array([True, False]))
+    loss = LOSSES[name][0]
+    if backend == "torch":
+        leaves = [library.to(x).requires_grad_() for x in (z, codebook)]
+        moved = torch.autograd.grad(loss(*leaves, indices, mask=mask), leaves, materialize_grads=True)
+    else:
+        import jax
+
+        moved = jax.grad(lambda z, e: loss(z, e, indices, mask=mask), argnums=(0, 1))(library.to(z), library.to(codebook))
+    g_z, g_codebook = (library.back(x) for x in moved)
+    # 2 (z - q) / 2 for the one vector that counts, exactly.
+    d = z[:1] - codebook
+    np.testing.assert_array_equal(g_z, np.concatenate([d, 0 * d]) if name == "commitment" else np.zeros_like(z))
+    np.testing.assert_array_equal(g_codebook, -d if name == "codebook" else np.zeros_like(d))
