@@ -284,7 +284,9 @@ def test_a_masked_nan_reaches_no_gradient(backend: str, name: str) -> None:
     else:
         import jax
 
-        moved = jax.grad(lambda z, e: loss(z, e, indices, mask=mask), argnums=(0, 1))(library.to(z), library.to(codebook))
+        moved = jax.grad(lambda z, e: loss(z, e, indices, mask=mask), argnums=(0, 1))(
+            library.to(z), library.to(codebook)
+        )
     g_z, g_codebook = (library.back(x) for x in moved)
     # 2 (z - q) / 2 for the one vector that counts, exactly.
     d = z[:1] - codebook
