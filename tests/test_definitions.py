@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 import diveq_core as dq
-from conftest import Library
+
+if TYPE_CHECKING:
+    from conftest import Library
 
 
 def test_nothing_is_not_positive(library: Library) -> None:
