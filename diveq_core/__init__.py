@@ -5,6 +5,7 @@ from diveq_core.codebook import EMAState, Replaced, ema_init, ema_update, replac
 from diveq_core.compose import Composite, Product, Residual
 from diveq_core.cosine import nearest_cosine, normalize, normalize_vjp
 from diveq_core.curve import Projected, decode_curve, project
+from diveq_core.curve_init import curve_init
 from diveq_core.diagnostics import coefficient, equivalent_loss, perplexity, positive_share, usage, used_share
 from diveq_core.estimators import NSVQ, STE, DiVeQ, DiVeQDetach, Estimator, Radial
 from diveq_core.fsq import fsq, fsq_decode, fsq_jvp, fsq_vjp
@@ -60,6 +61,7 @@ __all__ = [
     "coefficient",
     "commitment_loss",
     "commitment_loss_vjp",
+    "curve_init",
     "decode",
     "decode_curve",
     "ema_init",

@@ -132,6 +132,10 @@ class Direction(NamedTuple):
         """c u, (N, D), for c (N, 1)."""
         return self.y * (c * self.inverse)
 
+    def added_to(self, lib: Backend, x: Array, c: Array) -> Array:
+        """X + c u, (N, D), for c (N, 1)."""
+        return lib.add_scaled(x, self.y, c * self.inverse)
+
     def stopped(self, lib: Backend) -> Direction:
         """sg[u]."""
         return Direction(lib.stop_gradient(self.y), lib.stop_gradient(self.inverse))

@@ -134,6 +134,10 @@ class Backend:
         """Row-wise inner product, (N, D), (N, D) -> (N, 1)."""
         return self.xp.sum(a * b, axis=-1, keepdims=True)
 
+    def add_scaled(self, x: Array, y: Array, c: Array | float) -> Array:
+        """``x + c y``, (N, D), for c (N, 1) or a number."""
+        return x + y * c
+
     def direction(self, x: Array) -> tuple[Array, Direction]:
         """Length (N, 1) and direction of each row; a zero row has length 0 and direction 0."""
         return direction(self, x)

@@ -81,7 +81,7 @@ class _Distance(Estimator):
             return q
         d = q - z
         rho, u = lib.direction(d)
-        return z + self.w(lib, d, u, noise).times(rho)
+        return self.w(lib, d, u, noise).added_to(lib, z, rho)
 
     def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
         d = q - z
@@ -94,7 +94,7 @@ class _Distance(Estimator):
         d = q - z
         _, u = lib.direction(d)
         w = self.w(lib, d, u, noise).stopped(lib)
-        return dz + w.times(u.dot(lib, dq - dz))
+        return w.added_to(lib, dz, u.dot(lib, dq - dz))
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class DiVeQ(_Distance):
         return self.sigma == 0
 
     def w(self, lib: Backend, d: Array, u: Direction, noise: Array | None) -> Direction:
-        return u if noise is None else lib.direction(d + self.sigma * noise)[1]
+        return u if noise is None else lib.direction(lib.add_scaled(d, noise, self.sigma))[1]
 
 
 @dataclass(frozen=True)

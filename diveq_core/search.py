@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Codewords are brought to about 2^-HEADROOM, leaving vectors room to lie far outside the codebook.
 _HEADROOM = 24
 
+# Scores of a chunk that a large cache holds, 8 MiB in float32; fewer rows would not fill the product.
+_SCORES_IN_CACHE = 1 << 21
+
 
 def rows_per_chunk(lib: Backend, count: int, width: int) -> int:
     """Rows of vectors to compare at a time with ``count`` codewords of ``width`` entries.
@@ -28,7 +31,7 @@ def rows_per_chunk(lib: Backend, count: int, width: int) -> int:
     Enough for the product to pay for its pass over the codebook, few enough for the scores to stay in
     cache; never more scores than ``lib.scores_per_chunk``.
     """
-    wanted = min(max(8 * width, lib.rows_at_least), 16 * lib.rows_at_least)
+    wanted = min(max(4 * width, _SCORES_IN_CACHE // count, lib.rows_at_least), 32 * lib.rows_at_least)
     return max(min(wanted, lib.scores_per_chunk // count), 1)
 
 

@@ -139,9 +139,21 @@ MUTANTS = (
     # Pushforwards
     Mutant("STE: tangent of q", ESTIMATORS, "        return dz\n", "        return dq\n", verbs("STE")),
     Mutant("distance: dq + dz", ESTIMATORS, "u.dot(lib, dq - dz)", "u.dot(lib, dq + dz)", verbs("DiVeQ")),
-    Mutant("distance: tangent along u", ESTIMATORS, "w.times(u.dot", "u.times(u.dot", verbs("DiVeQ or NSVQ")),
+    Mutant(
+        "distance: tangent along u",
+        ESTIMATORS,
+        "w.added_to(lib, dz, u.dot",
+        "u.added_to(lib, dz, u.dot",
+        verbs("DiVeQ or NSVQ"),
+    ),
     Mutant("distance: drho by w", ESTIMATORS, "u.dot(lib, dq - dz)", "w.dot(lib, dq - dz)", verbs("DiVeQ or NSVQ")),
-    Mutant("distance: dz lost", ESTIMATORS, "return dz + w.times(", "return w.times(", verbs("DiVeQ or NSVQ")),
+    Mutant(
+        "distance: dz lost",
+        ESTIMATORS,
+        "w.added_to(lib, dz, u.dot",
+        "w.added_to(lib, 0 * dz, u.dot",
+        verbs("DiVeQ or NSVQ"),
+    ),
     Mutant(
         "radial: the tangent of z subtracted",
         ESTIMATORS,
@@ -157,11 +169,13 @@ MUTANTS = (
         verbs("Power or Cosine"),
     ),
     # Forward
-    Mutant("DiVeQ: sigma squared", ESTIMATORS, "d + self.sigma * noise", "d + self.sigma**2 * noise", verbs("DiVeQ")),
-    Mutant("DiVeQ: noise subtracted", ESTIMATORS, "d + self.sigma * noise", "d - self.sigma * noise", verbs("DiVeQ")),
-    Mutant("DiVeQ: no noise", ESTIMATORS, "d + self.sigma * noise", "d", verbs("DiVeQ")),
-    Mutant("distance: rho lost", ESTIMATORS, "noise).times(rho)", "noise).times(1.0)", verbs("DiVeQ")),
-    Mutant("distance: from q, not from z", ESTIMATORS, "return z + self.w", "return q + self.w", verbs("DiVeQ")),
+    Mutant("DiVeQ: sigma squared", ESTIMATORS, "d, noise, self.sigma)", "d, noise, self.sigma**2)", verbs("DiVeQ")),
+    Mutant("DiVeQ: noise subtracted", ESTIMATORS, "d, noise, self.sigma)", "d, noise, -self.sigma)", verbs("DiVeQ")),
+    Mutant("DiVeQ: no noise", ESTIMATORS, "d, noise, self.sigma)", "d, noise, 0.0)", verbs("DiVeQ")),
+    Mutant("distance: rho lost", ESTIMATORS, "added_to(lib, z, rho)", "added_to(lib, z, rho / rho)", verbs("DiVeQ")),
+    Mutant(
+        "distance: from q, not from z", ESTIMATORS, "added_to(lib, z, rho)", "added_to(lib, q, rho)", verbs("DiVeQ")
+    ),
     Mutant(
         "NSVQ: away from the noise", ESTIMATORS, "lib.direction(noise)[1]", "lib.direction(-noise)[1]", verbs("NSVQ")
     ),

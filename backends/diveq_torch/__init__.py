@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from diveq_core.rule import Rule
 
-# Entries of a block of rows: 1 MiB in float32, so that temporaries stay in cache and dispatch costs little.
-_BLOCK_ENTRIES = 1 << 18
+# Entries of a block of rows: 2 MiB in float32, so that temporaries stay in cache and dispatch costs little.
+_BLOCK_ENTRIES = 1 << 19
 
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
@@ -33,6 +33,10 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
         for x in tensors
     )
+
+
+def _any_negative(indices: torch.Tensor) -> bool:
+    return indices.numel() > 0 and indices.min().item() < 0
 
 
 class TorchBackend(Backend):
@@ -82,6 +86,9 @@ class TorchBackend(Backend):
         with torch.autocast(a.device.type, enabled=False):
             return torch.matmul(a, b)
 
+    def add_scaled(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor | float) -> torch.Tensor:
+        return torch.addcmul(x, y, c) if isinstance(c, torch.Tensor) else torch.add(x, y, alpha=c)
+
     def records(self, *arrays: torch.Tensor) -> bool:
         return not _is_plain(*arrays)
 
@@ -103,12 +110,17 @@ class TorchBackend(Backend):
         return function(*arrays)
 
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        if _is_plain(total, values, segments) and not bool((segments < 0).any()):
+        if _is_plain(total, values) and not _any_negative(segments):
             return total.index_add_(0, segments, values)
         # One segment more takes the rows whose segment is negative.
         count, width = total.shape
         kept = torch.where(segments < 0, count, segments)
         return torch.cat([total, total.new_zeros(1, width)]).index_add(0, kept, values)[:count]
+
+    def take_rows(self, codebook: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        if _is_plain(codebook, indices) and not _any_negative(indices):
+            return codebook.index_select(0, indices)
+        return super().take_rows(codebook, indices)
 
     def row_keys(self, codebook: torch.Tensor) -> torch.Tensor:
         # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.

@@ -33,7 +33,7 @@ def nearest_rows(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     lib = backend_of("nearest", z=z)
     dtype = lib.compute_dtype(torch.promote_types(z.dtype, codebook.dtype))
     if z.device.type == "cpu":
-        return _nearest_by_numpy(lib, z, codebook.to(dtype))
+        return _nearest_by_numpy(z, codebook.to(dtype))
     if _fused_serves(z, codebook):
         from diveq_torch import fused
 
@@ -60,11 +60,23 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _nearest_by_numpy(_lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """The memory is the same, and NumPy's product and argmin are at least as fast as torch's on a CPU."""
+def _nearest_by_numpy(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """NumPy's search in the same memory, whose argmin is faster; the product stays torch's.
+
+    After a product of NumPy's its threads wait for the next one for a tenth of a second, on the cores that
+    the rest of a training step needs.
+    """
     words = codebook.numpy()
-    parts = [diveq_numpy.backend.search(rows.to(codebook.dtype).numpy(), words) for rows in z.split(_ROWS_WIDENED)]
+    parts = [
+        diveq_numpy.search.nearest_rows(diveq_numpy.backend, rows.to(codebook.dtype).numpy(), words, _product)
+        for rows in z.split(_ROWS_WIDENED)
+    ]
     return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        torch.mm(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
 
 
 def _nearest_by_product(lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 _SHORTEST_SAMPLE = 0.02
 """Seconds that a sample takes at least, by repetition of what is faster."""
 
-_PAUSE = 0.03
-"""Seconds before each sample, in which the threads of the contender before it stop waiting for work."""
+_PAUSE = 0.2
+"""Seconds before each sample. The threads of the contender before it wait actively for more work: those of
+NumPy's OpenBLAS for a tenth of a second, in which whatever else runs takes up to twice as long."""
 
 
 @dataclass(frozen=True)
