@@ -781,7 +781,14 @@ MUTANTS = (
         TORCH_SEARCH,
         "chosen = canonical[scores[here].argmin(dim=1)]",
         "chosen = scores[here].argmin(dim=1)",
-        "test_search.py copies_give and product",
+        "test_search.py round_apart and torch",
+    ),
+    Mutant(
+        "NumPy's product: any copy",
+        NUMPY_SEARCH,
+        "if canonical is not None:",
+        "if False:",
+        "test_search.py round_apart and numpy",
     ),
     # Losses, upkeep of codebooks and diagnostics
     Mutant(
@@ -811,13 +818,6 @@ MUTANTS = (
         "call.value(call.lib.stop_gradient(z), codebook)",
         "call.value(z, codebook)",
         "test_losses.py both_orders and torch",
-    ),
-    Mutant(
-        "losses: mask after the difference",
-        LOSSES,
-        "lib.xp.where(self.mask, z, zero) - lib.xp.where(self.mask, q, zero)",
-        "lib.xp.where(self.mask, z - q, zero)",
-        "test_losses.py masked_nan",
     ),
     Mutant(
         "EMA: decay exchanged",

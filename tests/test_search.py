@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +20,22 @@ N, K, D = 1 << 15, 1 << 13, 4
 MEBI = 1 << 20
 
 
-# What searches besides each library's own choice: without faiss NumPy and torch compare by products of their own.
+# What searches besides each library's own choice, (library, what is replaced): without faiss the library's product.
 PATHS = {
-    "numpy without faiss": ("numpy", "diveq_numpy.search._faiss", lambda: None),
-    "torch by product": ("torch", "diveq_torch.search._nearest_by_numpy", None),
+    "numpy without faiss": ("numpy", "diveq_numpy.search", "_faiss"),
+    "torch without faiss": ("torch", "diveq_numpy.search", "_faiss"),
+    "torch by product": ("torch", "diveq_torch.search", "_nearest_by_numpy"),
 }
+
+
+def replacement(path: str) -> tuple[Any, str, Any]:
+    """The module, the name in it, and what stands there instead, for a path."""
+    _, module, name = PATHS[path]
+    here = importlib.import_module(module)
+    if name == "_faiss":
+        return here, name, lambda: None
+    lib = importlib.import_module("diveq_torch").backend
+    return here, name, lambda z, codebook: here._nearest_by_product(lib, z, codebook)
 
 
 @pytest.fixture(params=[*LIBRARIES, *PATHS])
@@ -30,11 +43,8 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Every library, and again where another of its searches takes part."""
     if request.param in LIBRARIES:
         return LIBRARIES[request.param]()
-    name, target, replacement = PATHS[request.param]
-    found = library_named(name)
-    if name == "torch":
-        from diveq_torch.search import _nearest_by_product as replacement
-    monkeypatch.setattr(target, replacement)
+    found = library_named(PATHS[request.param][0])
+    monkeypatch.setattr(*replacement(request.param))
     return found
 
 
@@ -169,6 +179,37 @@ def test_copies_give_the_first(library: Library):
     assert_nearest(library.back(dq.nearest(library.to(z), library.to(codebook))), z, codebook, EPS32)
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_copies_give_the_first_where_their_products_round_apart(name: str, monkeypatch: pytest.MonkeyPatch):
+    # As a blocked product may do with equal columns: the later half comes out a unit in the last place lower.
+    rng = np.random.default_rng(1)
+    codebook = np.tile(rng.standard_normal((37, 19)), (2, 1)).astype(np.float32)
+    z = rng.standard_normal((513, 19)).astype(np.float32)
+    product = np.matmul
+    if name == "torch":
+        library_named("torch")
+        import torch
+
+        product = torch.mm
+
+    def apart(a: Any, b: Any, out: Any) -> None:
+        product(a, b, out=out)
+        later = out[:, 37:]
+        later -= abs(later) * EPS32
+
+    if name == "torch":
+        monkeypatch.setattr(torch, "mm", apart)
+        monkeypatch.setattr(*replacement("torch by product"))
+        indices = dq.nearest(torch.tensor(z), torch.tensor(codebook)).numpy()
+    else:
+        from diveq_numpy import backend, search
+
+        monkeypatch.setattr(*replacement("numpy without faiss"))
+        indices = search.nearest_rows(backend, z, codebook, apart)
+    assert indices.max() < 37
+    assert_nearest(indices, z, codebook, EPS32)
+
+
 def test_negative_zero_is_a_copy_of_zero(library: Library):
     codebook = np.array([[1.0, 0.0], [1.0, -0.0], [-1.0, 0.0]], np.float32)
     z = np.array([[2.0, 0.0], [2.0, -0.0]], np.float32)
@@ -275,7 +316,7 @@ def test_no_distance_matrix_in_memory(name: str, faiss: bool, monkeypatch: pytes
     if not faiss:
         if name != "numpy":
             pytest.skip("only NumPy searches by faiss")
-        monkeypatch.setattr("diveq_numpy.search._faiss", lambda: None)
+        monkeypatch.setattr(*replacement("numpy without faiss"))
     rng = np.random.default_rng(7)
     rows = N if name == "numpy" else N // 4
     z, codebook = (library.to(rng.standard_normal((n, D)).astype(np.float32)) for n in (rows, K))
@@ -299,14 +340,11 @@ def test_no_distance_matrix_in_the_process(path: str):
         import numpy as np
         import diveq_core as dq
         from conftest import LIBRARIES
+        from test_search import PATHS, replacement
 
         library = LIBRARIES[{name!r}]()
-        if {path!r} == "numpy without faiss":
-            import diveq_numpy.search
-            diveq_numpy.search._faiss = lambda: None
-        if {path!r} == "torch by product":
-            import diveq_torch.search
-            diveq_torch.search._nearest_by_numpy = diveq_torch.search._nearest_by_product
+        if {path!r} in PATHS:
+            setattr(*replacement({path!r}))
         rng = np.random.default_rng(0)
 
         def search(n, k):
