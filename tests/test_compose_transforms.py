@@ -97,7 +97,8 @@ def test_torch_differentiates_twice_to_the_expression(case: str, seed: int) -> N
         np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9 * (1 + np.abs(expected).max()))
 
 
-@by_case
+# JAX compiles each of these for seconds.
+@pytest.mark.parametrize("case", ["residual", "curve"])
 def test_jax_differentiates_twice_to_the_expression(case: str) -> None:
     jax = pytest.importorskip("jax")
     with jax.enable_x64(True):
@@ -113,13 +114,14 @@ def test_jax_differentiates_twice_to_the_expression(case: str) -> None:
 
         results = []
         for function in (quantizer(case, noise, dither), expression):
-            second, first = jax.grad(lambda z, e, f=function: penalty(f, z, e), (0, 1), has_aux=True)(z, codebook)
+            twice = jax.grad(lambda z, e, f=function: penalty(f, z, e), (0, 1), has_aux=True)
+            second, first = jax.jit(twice)(z, codebook)
             results.append([np.asarray(x) for x in (*first, *second)])
     for ours, expected in zip(*results, strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-9, atol=1e-9 * (1 + np.abs(expected).max()))
 
 
-@by_case
+@pytest.mark.parametrize("case", ["residual", "product", "curve"])
 def test_torch_compiles_in_one_graph(case: str) -> None:
     torch = pytest.importorskip("torch")
     z, codebook, noise, dither, g = (torch.tensor(x) for x in draw(case, 1))
@@ -138,9 +140,10 @@ def test_torch_compiles_in_one_graph(case: str) -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@by_case
-@pytest.mark.parametrize("name", ["torch", "jax"])
-def test_a_batch_of_codebooks_is_one_after_the_other(case: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "case"), [*(("torch", case) for case in CASES), ("jax", "residual"), ("jax", "curve")]
+)
+def test_a_batch_of_codebooks_is_one_after_the_other(name: str, case: str) -> None:
     """``vmap`` of output and gradients over everything; in JAX compiled too."""
     library = library_named(name)
     with precision(library, "float64"):
@@ -157,14 +160,17 @@ def test_a_batch_of_codebooks_is_one_after_the_other(case: str, name: str) -> No
                 z_q, pullback = jax.vjp(quantizer(case, noise, dither), z, codebook)
             return (z_q, *pullback(g))
 
-        expected = [[library.back(x) for x in pulled(*arrays)] for arrays in draws]
+        one = pulled
+        if name == "jax":
+            import jax
+
+            one = jax.jit(pulled)
+        expected = [[library.back(x) for x in one(*arrays)] for arrays in draws]
         if name == "torch":
             import torch
 
             batched = torch.func.vmap(pulled)(*(torch.stack(pair) for pair in zip(*draws, strict=True)))
         else:
-            import jax
-
             batched = jax.jit(jax.vmap(pulled))(*(jax.numpy.stack(pair) for pair in zip(*draws, strict=True)))
         for ours, pair in zip(batched, zip(*expected, strict=True), strict=True):
             np.testing.assert_allclose(library.back(ours), np.stack(pair), rtol=1e-11, atol=1e-11)
@@ -191,6 +197,7 @@ def test_sixteen_bits_round_each_stage_once(library: Library, case: str, dtype: 
         assert value.dtype == arrays[0].dtype
         error = np.abs(library.back(value).astype(np.float64) - want)
         assert np.all(np.isfinite(error))
-        # The directions of the second stage follow the rounded residual, divided by its length.
+        # Directions of a second stage follow the rounded residual, divided by its length: in two dimensions, as in
+        # the residual of products, that may be a tenth.
         lengths = np.linalg.norm(wide[4]) + np.linalg.norm(wide[0])
-        assert error.max() <= 32 * EPS[dtype] * lengths
+        assert error.max() <= (16 if case == "residual of products" else 2) * EPS[dtype] * lengths
