@@ -224,7 +224,7 @@ class Radial(Estimator):
     def _live_error(self, lib: Backend, z: Array, q: Array) -> tuple[Array, Array | float]:
         r"""``k sg[d / r] r``, equal to k d but differentiable through r alone; and 1 / k.
 
-        The power of two k brings it to order one, and gradients of ln r are brought there by 1 / k.
+        The power of two k brings it to order one; what is multiplied with it is brought back by 1 / k.
         """
         d = q - z
         if not lib.records(d):
@@ -234,9 +234,10 @@ class Radial(Estimator):
 
     def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
         live, back = self._live_error(lib, z, q)
-        coefficient = lib.dot(g, live)
+        # Times 1 / k here: a gradient of ln r may be small, beside a large delta say, and be lost by it.
+        coefficient = lib.dot(g, live) * back
         to_q, to_z = self.radius.log_gradients(lib, q, z)
-        return g + coefficient * (to_z * back), coefficient * (to_q * back)
+        return g + coefficient * to_z, coefficient * to_q
 
     def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
         live, back = self._live_error(lib, z, q)

@@ -27,16 +27,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # Rides along in pytest: the copy must be what is imported, failures are recorded by kind, nothing is shrunk.
 PLUGIN = """
 import importlib.util, json, os, pathlib
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import Phase, settings
 import pytest
 
-settings.register_profile(
-    "mutants", max_examples=30, deadline=None, derandomize=True, database=None, report_multiple_bugs=False,
-    phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
-)
 failures = []
 
 def pytest_sessionstart(session):
+    # The suite's own examples, in its own number: what is caught here plain pytest catches.
+    suite = settings.get_profile("default")
+    phases = [Phase.explicit, Phase.generate]
+    settings.register_profile("mutants", parent=suite, database=None, report_multiple_bugs=False, phases=phases)
+    settings.load_profile("mutants")
     here = pathlib.Path(__file__).parent
     for name in ("diveq_core", "diveq_numpy", "diveq_torch", "diveq_jax"):
         assert here in pathlib.Path(importlib.util.find_spec(name).origin).parents, f"{name} is not the copy"
@@ -95,6 +96,13 @@ RESIDUAL, PRODUCT = (f"diveq_core/{name}.py" for name in ("residual", "product")
 CURVE_MODULE, FSQ = (f"diveq_core/{name}.py" for name in ("curve", "fsq"))
 FSQ_RULE, GUMBEL_RULE = (f"diveq_core/{name}.py" for name in ("fsq_rule", "gumbel_rule"))
 CUSTOM_RADIUS = "diveq_core/custom_radius.py"
+LOSSES, CODEBOOK, LINEAR = (f"diveq_core/{name}.py" for name in ("losses", "codebook", "linear"))
+COMPOSE, REPLACEMENT = "diveq_core/compose.py", "diveq_core/replacement.py"
+KMEANS, COSINE, DIAGNOSTICS = (f"diveq_core/{name}.py" for name in ("kmeans", "cosine", "diagnostics"))
+SEARCH, NUMPY_SEARCH, TORCH_SEARCH = (
+    "diveq_core/search.py",
+    *(f"backends/diveq_{n}/search.py" for n in ("numpy", "torch")),
+)
 CURVE = "test_space_filling.py torch or dithered"
 TORCH_BIND, JAX_BIND = "backends/diveq_torch/bind.py", "backends/diveq_jax/bind.py"
 G_Q = "        g_q = u.times(w.dot(lib, g))\n"
@@ -114,15 +122,15 @@ MUTANTS = (
     Mutant(
         "radial: sign of the term in g_z",
         ESTIMATORS,
-        "return g + coefficient * (to_z",
-        "return g - coefficient * (to_z",
+        "return g + coefficient * to_z",
+        "return g - coefficient * to_z",
         verbs("Power or PNorm"),
     ),
     Mutant(
         "radial: the codebook gets z's gradient",
         ESTIMATORS,
-        "coefficient * (to_z * back), coefficient * (to_q * back)",
-        "coefficient * (to_z * back), coefficient * (to_z * back)",
+        "coefficient * to_z, coefficient * to_q",
+        "coefficient * to_z, coefficient * to_z",
         verbs("Power or Cosine"),
     ),
     Mutant(
@@ -208,8 +216,8 @@ MUTANTS = (
     Mutant(
         "radial: the ln r form differentiated",
         ESTIMATORS,
-        "        coefficient = lib.dot(g, live)\n",
-        "        coefficient = lib.dot(g, (q - z) / back)\n",
+        "coefficient = lib.dot(g, live) * back",
+        "coefficient = lib.dot(g, q - z)",
         second("Power or Cosine"),
     ),
     Mutant("torch: nothing is held constant", TORCH, "return x.detach()", "return x + 0", second("DiVeQ")),
@@ -635,6 +643,385 @@ MUTANTS = (
         "test_gumbel.py not_finite_adds and jax",
     ),
     Mutant("Gumbel: y y^T lost", GUMBEL_RULE, "y * (x - self.lib.dot(y, x))", "y * x", "test_gumbel.py torch"),
+    # Pushforwards of these
+    Mutant("curve: tangent of the first end and of z added", SPACE_FILLING, "dends[0] - dz", "dends[0] + dz", CURVE),
+    Mutant("curve: tangent along u", SPACE_FILLING, "w_2.times(t * u_2.dot", "u_2.times(t * u_2.dot", CURVE),
+    Mutant(
+        "curve: tangent of one end twice",
+        SPACE_FILLING,
+        "for i in (indices, _following(lib, indices))]",
+        "for i in (indices, indices)]",
+        CURVE,
+    ),
+    Mutant(
+        "rotation: pushforward by the transpose",
+        ROTATION,
+        "_rotation(lib, z, q)(dz, 1.0)",
+        "_rotation(lib, z, q)(dz, -1.0)",
+        "test_rotation.py verbs_are_plain and numpy",
+    ),
+    Mutant(
+        "FSQ: slope of z itself",
+        FSQ,
+        "flat_rows(call.lib, dz), call.grid)",
+        "call.z, call.grid)",
+        "test_fsq.py verbs_are_plain and numpy",
+    ),
+    Mutant(
+        "Gumbel: tangent of the codewords lost",
+        GUMBEL_RULE,
+        "moved = moved + lib.take_rows(dcodewords, indices)",
+        "moved = moved + 0 * lib.take_rows(dcodewords, indices)",
+        "test_gumbel.py verbs_are_plain and numpy",
+    ),
+    Mutant(
+        "Gumbel: the tangent's derivative through y lost",
+        GUMBEL_RULE,
+        "moved = moved + lib.matmul(self._live(y, indices), dcodewords)",
+        "moved = moved + 0",
+        "test_gumbel.py forward_over_forward",
+    ),
+    Mutant(
+        "residual: tangent of the residual not reduced",
+        RESIDUAL,
+        "d_residual - moved",
+        "d_residual",
+        "test_compose.py adjoint",
+    ),
+    Mutant(
+        "residual: gradient of the first stages lost",
+        RESIDUAL,
+        "g_in if g_residual is None else g_residual + g_in",
+        "g_in",
+        "test_compose.py autograd",
+    ),
+    Mutant(
+        "product: tangent of a group lost",
+        PRODUCT,
+        "verb(z[here], words, dz[here], dwords",
+        "verb(z[here], words, 0 * dz[here], dwords",
+        "test_compose.py adjoint",
+    ),
+    Mutant(
+        "shared codebook: gradient of the last part alone",
+        COMPOSE,
+        "total = total + gradient",
+        "total = gradient",
+        "test_compose.py autograd",
+    ),
+    # The search
+    Mutant(
+        "search: no centring",
+        SEARCH,
+        "centre = xp.where(xp.isfinite(rounded), rounded, mean)",
+        "centre = 0 * mean",
+        "test_search.py nearest_is_right and strict",
+    ),
+    Mutant(
+        "search: centre anywhere",
+        SEARCH,
+        "rounded = xp.round(mean / spread) * spread",
+        "rounded = mean",
+        "test_search.py (ties or hides) and strict",
+    ),
+    Mutant(
+        "search: no scale",
+        SEARCH,
+        "inverse_scale = (1 / spread) * 2.0**-_HEADROOM",
+        "inverse_scale = spread / spread",
+        "test_search.py (scaling_by or largest) and strict",
+    ),
+    Mutant(
+        "search: half a square too much",
+        SEARCH,
+        "keepdims=True) * 0.5",
+        "keepdims=True)",
+        "test_search.py nearest_is_right and strict",
+    ),
+    Mutant(
+        "search: the last of copies",
+        SEARCH,
+        "xp.searchsorted(group, group)",
+        'xp.searchsorted(group, group, side="right") - 1',
+        "test_search.py copies_give and strict",
+    ),
+    Mutant(
+        "search: a lost row finds something",
+        SEARCH,
+        "xp.where(finite, chosen, xp.full_like(chosen, -1))",
+        "chosen",
+        "test_search.py minus_one and strict",
+    ),
+    Mutant(
+        "NumPy's product: not centred",
+        NUMPY_SEARCH,
+        "if centred:",
+        "if False:",
+        "test_search.py nearest_is_right and without",
+    ),
+    Mutant(
+        "NumPy's product: a lost row finds something",
+        NUMPY_SEARCH,
+        "np.where(np.isfinite(best), chosen, -1)",
+        "chosen",
+        "test_search.py minus_one and without",
+    ),
+    Mutant(
+        "NumPy's product: a chunk's remainder lost",
+        NUMPY_SEARCH,
+        "range(0, z.shape[0], rows or 1)",
+        "range(0, z.shape[0] - rows + 1, rows or 1)",
+        "test_search.py number_of_rows and without",
+    ),
+    Mutant(
+        "faiss: vectors not centred",
+        NUMPY_SEARCH,
+        "astype(e.dtype, copy=False) - centre) * inverse_scale",
+        "astype(e.dtype, copy=False)) * inverse_scale",
+        "test_search.py nearest_is_right and numpy and not without",
+    ),
+    Mutant(
+        "torch: a scaled sum with the scale's sign lost",
+        TORCH,
+        "torch.add(x, y, alpha=c)",
+        "torch.add(x, y, alpha=-c)",
+        "test_estimators.py torch and DiVeQ",
+    ),
+    Mutant(
+        "torch: a scaled sum without its scale",
+        TORCH,
+        "torch.addcmul(x, y, c) if",
+        "torch.add(x, y) if",
+        "test_estimators.py torch and DiVeQ",
+    ),
+    Mutant(
+        "torch's product: not scaled",
+        TORCH_SEARCH,
+        "out=y[here, :-1]).mul_(inverse_scale)",
+        "out=y[here, :-1])",
+        "test_search.py nearest_is_right and product",
+    ),
+    Mutant(
+        "torch's product: any copy",
+        TORCH_SEARCH,
+        "chosen = canonical[scores[here].argmin(dim=1)]",
+        "chosen = scores[here].argmin(dim=1)",
+        "test_search.py round_apart and torch",
+    ),
+    Mutant(
+        "NumPy's product: any copy",
+        NUMPY_SEARCH,
+        "if canonical is not None:",
+        "if False:",
+        "test_search.py round_apart and numpy",
+    ),
+    # Losses, upkeep of codebooks and diagnostics
+    Mutant(
+        "losses: the codebook's gradient of the encoder",
+        LOSSES,
+        "rows = -call.slope(",
+        "rows = call.slope(",
+        "test_losses.py plain_automatic and numpy and codebook",
+    ),
+    Mutant(
+        "losses: half the gradient",
+        LOSSES,
+        "(2 * self.lib.astype(g",
+        "(self.lib.astype(g",
+        "test_losses.py plain_automatic and numpy",
+    ),
+    Mutant(
+        "losses: masked vectors counted",
+        LOSSES,
+        "xp.astype(self.mask, self.compute_dtype)",
+        "xp.ones_like(xp.astype(self.mask, self.compute_dtype))",
+        "test_losses.py masked_is_the_subset and numpy",
+    ),
+    Mutant(
+        "losses: codebook loss moves the encoder",
+        LOSSES,
+        "call.value(call.lib.stop_gradient(z), codebook)",
+        "call.value(z, codebook)",
+        "test_losses.py both_orders and torch",
+    ),
+    Mutant(
+        "EMA: decay exchanged",
+        CODEBOOK,
+        "decay * state.counts + (1 - decay) * c",
+        "(1 - decay) * state.counts + decay * c",
+        "test_codebook.py sums_over_counts and numpy",
+    ),
+    Mutant(
+        "EMA: rate without 1 - m",
+        CODEBOOK,
+        "xp.where(used, (1 - decay) / ",
+        "xp.where(used, 1 / ",
+        "test_codebook.py gradient_descent and torch",
+    ),
+    Mutant(
+        "EMA: a lost row counts",
+        CODEBOOK,
+        "chosen = finite & (segments >= 0)",
+        "chosen = segments >= 0",
+        "test_codebook.py contributes_nothing and numpy",
+    ),
+    Mutant(
+        "EMA: the state over the codebook",
+        CODEBOOK,
+        "return lib.xp.where(kept, state.means,",
+        "return lib.xp.where(kept | True, state.means,",
+        "test_codebook.py takes_precedence and numpy",
+    ),
+    Mutant(
+        "EMA: an overflow is written",
+        CODEBOOK,
+        "used & xp.all(xp.isfinite(rounded), axis=1)",
+        "used",
+        "test_codebook.py never_written and numpy",
+    ),
+    Mutant(
+        "EMA: the state is rounded to 16 bits",
+        CODEBOOK,
+        "EMAState(n, xp.where(written, moved, means))",
+        "EMAState(n, xp.where(written, lib.astype(rounded, means.dtype), means))",
+        "test_codebook.py small_moves and numpy",
+    ),
+    Mutant(
+        "EMA: each rank by itself",
+        CODEBOOK,
+        "total = ranks.sum(lib.segment_sum(counted, segments, codebook.shape[0]))",
+        "total = lib.segment_sum(counted, segments, codebook.shape[0])",
+        "test_codebook.py ranks_move and numpy",
+    ),
+    Mutant(
+        "replacement: draws not stratified",
+        REPLACEMENT,
+        "(order - number + uniform(lib, noise[:, width:]))",
+        "(0 * order + uniform(lib, noise[:, width:]))",
+        "test_codebook.py in_proportion",
+    ),
+    Mutant(
+        "replacement: threshold of the sum",
+        REPLACEMENT,
+        "threshold * xp.sum(n) / count",
+        "threshold * xp.sum(n)",
+        "test_codebook.py thresholds and numpy",
+    ),
+    Mutant(
+        "replacement: the published jitter",
+        REPLACEMENT,
+        "jitter * deviation * e + xp.where(e < 0, -unit, unit)",
+        "1e-9 * e",
+        "test_codebook.py never_exact",
+    ),
+    Mutant(
+        "replacement: used codewords alike",
+        REPLACEMENT,
+        "weights = xp.where(unused, xp.zeros_like(n), n)",
+        "weights = xp.where(unused, xp.zeros_like(n), xp.ones_like(n))",
+        "test_codebook.py in_proportion",
+    ),
+    Mutant(
+        "replacement: moving averages of the past",
+        REPLACEMENT,
+        "counts = xp.where(replaced, xp.zeros_like(state.counts), state.counts)",
+        "counts = state.counts",
+        "test_codebook.py replacement_by_use and numpy",
+    ),
+    Mutant(
+        "linear: W for its transpose",
+        LINEAR,
+        "_product(lib, g, transposed(weight, (1, 0)))",
+        "_product(lib, g, weight)",
+        "test_linear.py pullback_and_tangent and numpy",
+    ),
+    Mutant(
+        "linear: tangent of E lost",
+        LINEAR,
+        "by_frozen + by_weight",
+        "by_weight",
+        "test_linear.py pullback_and_tangent and numpy",
+    ),
+    Mutant(
+        "linear: spread 1 / D", LINEAR, "noise * width**-0.5", "noise / width", "test_linear.py beginning and numpy"
+    ),
+    Mutant(
+        "k-means: empty clusters stay",
+        KMEANS,
+        "xp.where((empty & apart)[:, None], seeds, moved)",
+        "moved",
+        "test_kmeans.py empty_clusters and numpy",
+    ),
+    Mutant(
+        "k-means: inertia in the frame's units",
+        KMEANS,
+        "inertia * frame.size * frame.size",
+        "inertia * frame.size",
+        "test_kmeans.py are_found and numpy",
+    ),
+    Mutant(
+        "k-means++: the worst of the candidates",
+        KMEANS,
+        "best = xp.argmin(inertias, keepdims=True)",
+        "best = xp.argmax(inertias, keepdims=True)",
+        "test_kmeans.py plus_plus_by_definition",
+    ),
+    Mutant(
+        "k-means++: drawn in proportion to the distance",
+        KMEANS,
+        "closest[0, :], self.weights)",
+        "closest[0, :] ** 0.5, self.weights)",
+        "test_kmeans.py plus_plus_by_definition",
+    ),
+    Mutant(
+        "normalize: the part along x stays",
+        COSINE,
+        "(flat - lib.dot(flat, u) * u)",
+        "(flat - 0 * u)",
+        "test_linear.py pullback_of_normalize and numpy",
+    ),
+    Mutant(
+        "normalize: the length lost",
+        COSINE,
+        "u) * u) * safe_inverse(lib, rho)",
+        "u) * u)",
+        "test_linear.py pullback_of_normalize and numpy",
+    ),
+    Mutant(
+        "cosine: a codeword of zeros is any",
+        COSINE,
+        "xp.astype(rho == 0, rho.dtype)",
+        "xp.astype(rho < 0, rho.dtype)",
+        "test_linear.py zeros_have and numpy",
+    ),
+    Mutant(
+        "coefficient: z added",
+        DIAGNOSTICS,
+        "(lib.astype(q, dtype) - lib.astype(z, dtype))",
+        "(lib.astype(q, dtype) + lib.astype(z, dtype))",
+        "test_diagnostics.py coefficient and numpy",
+    ),
+    Mutant(
+        "positive share: zero is positive",
+        DIAGNOSTICS,
+        "lib.astype(c > 0,",
+        "lib.astype(c >= 0,",
+        "test_definitions.py nothing_is_not_positive",
+    ),
+    Mutant(
+        "equivalent loss: the coefficient carries gradient",
+        DIAGNOSTICS,
+        "lib.stop_gradient(lib.xp.sum(rows[0] * (rows[2] - rows[1]), axis=-1, keepdims=True))",
+        "lib.xp.sum(rows[0] * (rows[2] - rows[1]), axis=-1, keepdims=True)",
+        "test_diagnostics.py radial_estimator and torch",
+    ),
+    Mutant(
+        "perplexity: in bits",
+        DIAGNOSTICS,
+        "xp.exp(-xp.sum(p",
+        "2.0 ** (-xp.sum(p",
+        "test_diagnostics.py perplexity and numpy",
+    ),
 )
 
 
@@ -664,7 +1051,7 @@ def run(project: Path, mutant: Mutant | None, tests: str) -> dict:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(copy), str(copy / "backends")]),
             "PYTHONDONTWRITEBYTECODE": "1",
-            "HYPOTHESIS_PROFILE": "mutants",
+            "HYPOTHESIS_PROFILE": "default",
             "MUTANT_REPORT": str(copy / "report.json"),
         }
         command = [sys.executable, "-m", "pytest", "-p", "mutant_report", "-p", "no:cacheprovider", "-x", "-q"]

@@ -327,3 +327,38 @@ def test_errors() -> None:
     _, pullback = dq.gumbel_vjp(logits, codebook, estimator)
     with pytest.raises(ValueError, match=r"^pullback: g must have the shape of z_q, \(2, 4\), got \(2, 3\)"):
         pullback(logits)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's forward mode
+def test_forward_over_forward_is_that_of_the_expression(name: str) -> None:
+    """Tangents of tangents, in which the soft weights multiply the codewords' tangents."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape) for shape in ((3, 4), (4, 2), (3, 4), (3, 4), (4, 2))]
+    library, estimator = library_named(name), dq.GumbelST(0.7)
+    with precision(library, "float64"):
+        logits, codebook, noise, dlogits, dcodebook = (library.to(x) for x in arrays)
+        if name == "torch":
+            from torch.func import jvp
+        else:
+            from jax import jvp
+
+        def ours(x: Any, e: Any) -> Any:
+            return dq.gumbel_quantize(x, e, estimator, noise=noise).z_q
+
+        def reference(x: Any, e: Any) -> Any:
+            return (in_torch if name == "torch" else in_jax)(x, e, noise, 0.7)
+
+        def explicit(x: Any, e: Any) -> Any:
+            return dq.gumbel_jvp(x, e, dlogits, dcodebook, estimator, noise=noise)[1]
+
+        def pushed(function: Any) -> Any:
+            return lambda x, e: jvp(function, (x, e), (dlogits, dcodebook))[1]
+
+        want = library.back(pushed(pushed(reference))(logits, codebook))
+        assert np.abs(want).max() > 0.1
+        for function in (pushed(ours), explicit):
+            if name == "torch" and function is not explicit:
+                continue  # torch has no forward mode of a Function's forward mode
+            # Numbers of order one, a temperature of 0.7.
+            np.testing.assert_allclose(library.back(pushed(function)(logits, codebook)), want, rtol=1e-11, atol=1e-12)

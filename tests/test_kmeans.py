@@ -226,3 +226,21 @@ def test_errors(library: Library):
         dq.kmeans(z, 2, noise=z)
     with pytest.raises(TypeError, match=r"^kmeans: z must be an array"):
         dq.kmeans([1.0], 2)
+
+
+def test_plus_plus_by_definition():
+    """Greedy k-means++ in float64: of the candidates drawn in proportion to squared distances, the best."""
+    rng = np.random.default_rng(0)
+    z, noise = rng.standard_normal((300, 3)) * np.geomspace(0.1, 10, 300)[:, None], rng.standard_normal((9, 4, 2))
+    positions = np.arctan2(noise[..., 0], noise[..., 1]) / (2 * np.pi) + 0.5
+    chosen = [int(positions[0, 0] * 300)]
+    squares = ((z - z[chosen[0]]) ** 2).sum(axis=1)
+    for k in range(1, 9):
+        cumulative = np.cumsum(squares)
+        candidates = np.searchsorted(cumulative, positions[k] * cumulative[-1], side="right")
+        left = [np.minimum(squares, ((z - z[c]) ** 2).sum(axis=1)) for c in candidates]
+        best = int(np.argmin([x.sum() for x in left]))
+        chosen.append(int(candidates[best]))
+        squares = left[best]
+    # The frame's way there and back is rounded; which vectors they are is not.
+    np.testing.assert_allclose(dq.kmeans_plus_plus(z, 9, noise=noise), z[chosen], rtol=1e-12, atol=1e-12)

@@ -161,8 +161,9 @@ def test_differentiates_to_the_pullback_in_both_orders(backend: str, name: str, 
 def test_masked_is_the_subset(library: Library, name: str, data: st.DataObject) -> None:
     """Whatever stands in the masked rows, NaN and the index -1 included."""
     p = data.draw(problems(shapes=SHAPES[:1])).rounded("float32")
-    mask = data.draw(masks(p))
-    mask = np.ones(p.indices.shape, bool) if mask is None else mask
+    # Some of both in every example; none and all are in the tests around.
+    mask = np.random.default_rng(data.draw(st.integers(0, 99))).random(p.indices.shape) < 0.5
+    mask[0], mask[-1] = True, False
     z = np.where(mask[..., None], p.z, np.nan).astype(np.float32)
     indices = np.where(mask, p.indices, -1)
     codebook = p.codebook.astype(np.float32)
@@ -268,3 +269,27 @@ def test_errors_of_numpy_and_of_the_pullback() -> None:
         pullback(np.ones(2))
     with pytest.raises(TypeError, match=r"^commitment_loss: expected all arrays of one library, got .*mask of torch"):
         dq.commitment_loss(z, codebook, np.array([0, 1]), mask=torch.ones(2, dtype=torch.bool))
+
+
+@by_loss
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_a_masked_nan_reaches_no_gradient(backend: str, name: str) -> None:
+    """What is masked may be anything, in forward and in backward passes."""
+    library = library_named(backend)
+    z, codebook = np.array([[1.0, 2.0], [np.nan, 3.0]], np.float32), np.array([[1.5, 1.0]], np.float32)
+    indices, mask = library.to(np.array([0, 0])), library.to(np.array([True, False]))
+    loss = LOSSES[name][0]
+    if backend == "torch":
+        leaves = [library.to(x).requires_grad_() for x in (z, codebook)]
+        moved = torch.autograd.grad(loss(*leaves, indices, mask=mask), leaves, materialize_grads=True)
+    else:
+        import jax
+
+        moved = jax.grad(lambda z, e: loss(z, e, indices, mask=mask), argnums=(0, 1))(
+            library.to(z), library.to(codebook)
+        )
+    g_z, g_codebook = (library.back(x) for x in moved)
+    # 2 (z - q) / 2 for the one vector that counts, exactly.
+    d = z[:1] - codebook
+    np.testing.assert_array_equal(g_z, np.concatenate([d, 0 * d]) if name == "commitment" else np.zeros_like(z))
+    np.testing.assert_array_equal(g_codebook, -d if name == "codebook" else np.zeros_like(d))

@@ -179,7 +179,124 @@ def test_they_choose_the_same_codewords(authors: Any, shape: tuple[int, int, int
     assert torch.all((a**2 - b**2).abs() <= ROUNDINGS * EPS["float32"] * (1 + b**2) * 16)
 
 
+def curve_module(module: Any, codebook: Any, **options: Any) -> Any:
+    """A space-filling module of diveq that quantizes from the first step on."""
+    peer = module(*codebook.shape, skip_iters=0, avg_iters=0, allow_warning=False, **options)
+    with torch.no_grad():
+        peer.codebook.copy_(codebook)
+    return peer
+
+
+CURVES = {"shape": st.sampled_from([(6, 3, 4), (16, 8, 2), (40, 2, 5)]), "seed": st.integers(0, 2**32 - 1)}
+
+
+@settings(max_examples=example_count(0.5))
+@given(**CURVES, variance=st.sampled_from([1e-3, 0.1, 2.0]))
+def test_space_filling(authors: Any, shape: tuple[int, int, int], seed: int, variance: float) -> None:
+    """SF-DiVeQ in training, with the dither that the authors' code draws first and the noise of both ends after."""
+    z, codebook, g = problem(shape, seed)
+    peer = curve_module(authors.SFDIVEQ, codebook, noise_var=variance)
+    torch.manual_seed(seed % 2**31)
+    want, indices = theirs(z, peer, peer.codebook, g)
+    torch.manual_seed(seed % 2**31)
+    dither = torch.rand((shape[2] - 1, 1))[:, 0]
+    noise = dq.CurveNoise(dither, torch.stack([torch.randn(z.shape), torch.randn(z.shape)]))
+    assert_agree(ours(z, codebook, g, dq.SFDiVeQ(variance), noise=noise, indices=indices), want, z, codebook, g)
+
+
 # Faults
+
+
+def test_space_filling_detach_interpolates_nothing(authors: Any) -> None:
+    """diveq's SF-DiVeQ-detach uses the first codeword of a segment twice, so its output is that codeword."""
+    z, codebook, g = problem((200, 4, 8), 0)
+    peer = curve_module(authors.SFDIVEQDetach, codebook)
+    torch.manual_seed(0)
+    (z_q, *_), indices = theirs(z, peer, peer.codebook, g)
+    torch.manual_seed(0)
+    dither = torch.rand((7, 1))[:, 0]
+    first, second = codebook[indices], codebook[indices + 1]
+    t = dither[indices][:, None]
+    # z + (c - z) and the like: a few roundings of numbers of order one.
+    np.testing.assert_allclose(z_q, first, atol=1e-5)
+    assert ((1 - t) * first + t * second - first).norm(dim=1).mean() > 0.5
+    out = dq.quantize(z, codebook, dq.SFDiVeQDetach(), noise=dq.CurveNoise(dither), indices=indices)
+    assert torch.equal(out.z_q, (1 - t) * first + t * second)
+
+
+def test_inference_misses_the_nearest_segment(authors: Any) -> None:
+    """diveq looks at the two segments next to the nearest codeword: on an unordered codebook half are missed."""
+    z, codebook, _ = problem((1000, 4, 64), 0)
+    found, *_ = curve_module(authors.SFDIVEQ, codebook).inference(z)
+    theirs, ours = ((z - x).norm(dim=1) for x in (found, dq.project(z, codebook).z_q))
+    # A thousandth of a distance is no rounding.
+    missed = (theirs > 1.001 * ours).float().mean().item()
+    assert 0.3 < missed < 0.8
+    assert not (ours > 1.001 * theirs).any()
+
+
+def test_equal_neighbours_give_nan(authors: Any) -> None:
+    """0 / 0 on a segment of no length, in diveq's inference."""
+    z, codebook = torch.tensor([[0.1, 0.2], [0.9, 0.1]]), torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    found, *_ = curve_module(authors.SFDIVEQ, codebook).inference(z)
+    assert found.isnan().any()
+    np.testing.assert_allclose(dq.project(z, codebook).z_q, [[0.1, 0.0], [0.9, 0.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ResidualSFDIVEQ", "ProductSFDIVEQ"])
+def test_initialisation_of_composed_curves_does_nothing(authors: Any, name: str) -> None:
+    """diveq assigns the means of the first vectors to a temporary; its plain module shows what was meant."""
+    options = {"skip_iters": 3, "avg_iters": 1, "allow_warning": False}
+    z, _, _ = problem((64, 4, 1), 0)
+    plain = authors.SFDIVEQ(4, 4, **options)
+    composed = getattr(authors, name)(4, 4, num_codebooks=2, replacement_iters=3, verbose=False, **options)
+    before = [peer.codebook.detach().clone() for peer in (plain, composed)]
+    for _ in range(2):
+        plain(z)
+        composed(z)
+    assert not torch.equal(plain.codebook, before[0])
+    np.testing.assert_allclose(plain.codebook.detach()[0], z[:16].mean(dim=0), atol=1e-6)
+    assert torch.equal(composed.codebook, before[1])
+    # Ours has no codebook of its own to begin: what begins one gives the vectors of each stage.
+    first = dq.kmeans_plus_plus(z, 4, rng=torch.Generator().manual_seed(0))
+    rest = z - dq.quantize(z, first, dq.STE()).z_q
+    second = dq.kmeans_plus_plus(rest, 4, rng=torch.Generator().manual_seed(0))
+    for words, source in ((first, z), (second, rest)):
+        # There and back from the frame of the vectors.
+        assert ((words[:, None] - source).abs().amax(dim=2).amin(dim=1) < 1e-5).all()
+    errors = [
+        (z - x).norm()
+        for x in (first[dq.nearest(z, first)], first[dq.nearest(z, first)] + second[dq.nearest(rest, second)])
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_residual_diveq_is_noisy_in_evaluation(lucidrains: Any) -> None:
+    """vector-quantize-pytorch adds the noise of the whole whether it trains or not; what it decodes has none."""
+    z, codebook, _ = problem((20, 4, 8), 0)
+    peer = lucidrains.ResidualVQ(dim=4, codebook_size=8, num_quantizers=2, diveq=True).eval()
+    (first, indices, _), (again, same, _) = (peer(z[None]) for _ in range(2))
+    assert torch.equal(indices, same)
+    assert not torch.equal(first, again)
+    assert not torch.allclose(first, peer.get_output_from_indices(indices), atol=1e-4)
+    estimator, words = dq.Residual(dq.DiVeQDetach(), 2), torch.stack([codebook, codebook / 4])
+    outs = [dq.quantize(z, words, estimator) for _ in range(2)]
+    assert torch.equal(outs[0].z_q, outs[1].z_q)
+    assert torch.equal(outs[0].z_q, dq.decode(outs[0].indices, words, estimator))
+
+
+def test_masked_and_unmasked_commitment_losses_differ(lucidrains: Any) -> None:
+    """With a mask vector-quantize-pytorch compares with the input as it was, without one with what was searched for."""
+    z, codebook, _ = problem((20, 4, 8), 0)
+    losses = []
+    for mask in (None, torch.ones(1, 20, dtype=torch.bool)):
+        peer, _ = lucid_module(lucidrains, torch.nn.functional.normalize(codebook), use_cosine_sim=True)
+        losses.append(peer(z[None], mask=mask, freeze_codebook=True)[2].item())
+    assert abs(losses[0] - losses[1]) > 0.1
+    indices = dq.nearest(z, codebook)
+    plain = dq.commitment_loss(z, codebook, indices)
+    masked = dq.commitment_loss(z, codebook, indices, mask=torch.ones(20, dtype=torch.bool))
+    assert torch.equal(plain, masked)
 
 
 def test_a_variance_is_passed_as_a_standard_deviation(authors: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diveq_core as dq
-from conftest import Library, assert_close, float64_in, library_named, run_python, standard_promotion
+from conftest import LIBRARIES, Library, assert_close, float64_in, library_named, run_python, standard_promotion
 
 # What the search must not allocate: N x K x 4 bytes is 1 GiB.
 N, K, D = 1 << 15, 1 << 13, 4
 MEBI = 1 << 20
+
+
+# What searches besides each library's own choice, (library, what is replaced): without faiss the library's product.
+PATHS = {
+    "numpy without faiss": ("numpy", "diveq_numpy.search", "_faiss"),
+    "torch without faiss": ("torch", "diveq_numpy.search", "_faiss"),
+    "torch by product": ("torch", "diveq_torch.search", "_nearest_by_numpy"),
+}
+
+
+def replacement(path: str) -> tuple[Any, str, Any]:
+    """The module, the name in it, and what stands there instead, for a path."""
+    _, module, name = PATHS[path]
+    here = importlib.import_module(module)
+    if name == "_faiss":
+        return here, name, lambda: None
+    lib = importlib.import_module("diveq_torch").backend
+    return here, name, lambda z, codebook: here._nearest_by_product(lib, z, codebook)
+
+
+@pytest.fixture(params=[*LIBRARIES, *PATHS])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Every library, and again where another of its searches takes part."""
+    if request.param in LIBRARIES:
+        return LIBRARIES[request.param]()
+    found = library_named(PATHS[request.param][0])
+    monkeypatch.setattr(*replacement(request.param))
+    return found
 
 
 def squared_distances(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
@@ -26,26 +56,37 @@ def squared_distances(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def rounding(z: np.ndarray, codebook: np.ndarray, eps: float) -> np.ndarray:
-    """How much further, in squared distance, a codeword may be that rounding cannot tell from the nearest, (N,).
+    """How much of the squared distance to each codeword rounding of the centred data may hide, (N, K).
 
-    A score |e|^2 / 2 - <y, e> is a dot product of length D + 1. With unit roundoff u = eps / 2 it is wrong by at
-    most (D + 1) u (|y||e| + |e|^2 / 2), in squared distance (twice a score) by (D + 1) u (|y| + |e|)^2; rounding y,
-    e and |e|^2 themselves adds less than 3 u (|y| + |e|)^2. Two scores are compared.
+    A score |e|^2 / 2 - <y, e> is a sum of D + 1 products. Added in any order, with roundings that are no
+    conspiracy, it is wrong by about sqrt(D + 1) units roundoff of |y||e| + |e|^2 / 2, and in squared distance (twice
+    a score) of (|y| + |e|)^2; rounding y, e and |e|^2 themselves adds three at most. The unit is eps / 2.
+
+    The centre is a multiple of the codebook's spread, so y and e may be that much longer than what is about the mean.
     """
-    centre = codebook.astype(np.float64).mean(axis=0)
-    y = np.linalg.norm(z - centre, axis=1)
-    e = np.linalg.norm(codebook - centre, axis=1).max()
-    return (z.shape[1] + 4) * eps * (y + e) ** 2
+    mean = codebook.mean(axis=0)
+    spread = np.abs(codebook - mean).max()
+    spread = 2.0 ** np.floor(np.log2(spread)) if spread > 0 else 1.0
+    centre = np.round(mean / spread) * spread
+    y, e = (np.linalg.norm(x - centre, axis=1) for x in (z, codebook))
+    return (z.shape[1] ** 0.5 + 3) * eps / 2 * (y[:, None] + e) ** 2
 
 
 def assert_nearest(indices: np.ndarray, z: np.ndarray, codebook: np.ndarray, eps: float) -> None:
-    """The codeword is the nearest to rounding of the centred data, and the first of its copies."""
-    all_squared = squared_distances(z, codebook)
+    """The codeword is the nearest to rounding of the centred data, and the first of its copies.
+
+    With B the rounding of the squared distances to both, its distance is at most sqrt(d^2 + B) for a least distance d:
+    d + B / (2 d) where vectors lie away from their codewords, and never more than d + sqrt(B).
+    """
     assert indices.min() >= 0
     assert indices.max() < len(codebook)
-    excess = all_squared[np.arange(len(z)), indices] - all_squared.min(axis=1)
-    allowed = rounding(z.astype(np.float64), codebook.astype(np.float64), eps)
-    assert (excess <= allowed).all(), f"excess {excess.max():g}, allowed {allowed[excess.argmax()]:g}"
+    all_squared = squared_distances(z, codebook)
+    rows, best = np.arange(len(z)), all_squared.argmin(axis=1)
+    least = all_squared[rows, best]
+    hidden = rounding(z.astype(np.float64), codebook.astype(np.float64), eps)
+    excess = np.sqrt(all_squared[rows, indices]) - np.sqrt(least)
+    allowed = np.sqrt(least + hidden[rows, indices] + hidden[rows, best]) - np.sqrt(least)
+    assert (excess <= allowed).all(), f"{excess.max():g} further, allowed {allowed[excess.argmax()]:g}"
     _, first, copy_of = np.unique(codebook, axis=0, return_index=True, return_inverse=True)
     np.testing.assert_array_equal(indices, first[copy_of.reshape(-1)][indices])
 
@@ -138,6 +179,37 @@ def test_copies_give_the_first(library: Library):
     assert_nearest(library.back(dq.nearest(library.to(z), library.to(codebook))), z, codebook, EPS32)
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_copies_give_the_first_where_their_products_round_apart(name: str, monkeypatch: pytest.MonkeyPatch):
+    # As a blocked product may do with equal columns: the later half comes out a unit in the last place lower.
+    rng = np.random.default_rng(1)
+    codebook = np.tile(rng.standard_normal((37, 19)), (2, 1)).astype(np.float32)
+    z = rng.standard_normal((513, 19)).astype(np.float32)
+    product = np.matmul
+    if name == "torch":
+        library_named("torch")
+        import torch
+
+        product = torch.mm
+
+    def apart(a: Any, b: Any, out: Any) -> None:
+        product(a, b, out=out)
+        later = out[:, 37:]
+        later -= abs(later) * EPS32
+
+    if name == "torch":
+        monkeypatch.setattr(torch, "mm", apart)
+        monkeypatch.setattr(*replacement("torch by product"))
+        indices = dq.nearest(torch.tensor(z), torch.tensor(codebook)).numpy()
+    else:
+        from diveq_numpy import backend, search
+
+        monkeypatch.setattr(*replacement("numpy without faiss"))
+        indices = search.nearest_rows(backend, z, codebook, apart)
+    assert indices.max() < 37
+    assert_nearest(indices, z, codebook, EPS32)
+
+
 def test_negative_zero_is_a_copy_of_zero(library: Library):
     codebook = np.array([[1.0, 0.0], [1.0, -0.0], [-1.0, 0.0]], np.float32)
     z = np.array([[2.0, 0.0], [2.0, -0.0]], np.float32)
@@ -175,11 +247,17 @@ def test_far_outside_the_codebook(library: Library, scale: float):
 
 
 def test_a_single_far_codeword_hides_no_other(library: Library):
+    # Codewords 2 apart, and vectors less than 1 from theirs in each coordinate: 1e6 away, the squares of which are
+    # 1e12, nothing of that may be lost. The centre stays a multiple of the spread, here 0, so the others keep
+    # their digits: so it is from six codewords on, where what they share is small beside the spread too.
     rng = np.random.default_rng(4)
-    codebook = rng.standard_normal((32, 4)).astype(np.float32)
+    grid = 2.0 * np.stack(np.meshgrid(*[[-1, 0, 1]] * 4), axis=-1).reshape(-1, 4)
+    codebook = rng.permutation(grid).astype(np.float32)
     codebook[17] = 1e6
-    z = rng.standard_normal((100, 4)).astype(np.float32)
-    assert_nearest(library.back(dq.nearest(library.to(z), library.to(codebook))), z, codebook, EPS32)
+    own = rng.integers(0, len(codebook), 300)
+    z = codebook[own] + rng.uniform(-0.95, 0.95, (300, 4)).astype(np.float32)
+    assert (own == 17).any()
+    np.testing.assert_array_equal(library.back(dq.nearest(library.to(z), library.to(codebook))), own)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4096])
@@ -229,11 +307,16 @@ def test_index_dtype(library: Library):
     assert np.issubdtype(library.back(indices).dtype, np.signedinteger)
 
 
+@pytest.mark.parametrize("faiss", [True, False])
 @pytest.mark.parametrize("name", ["numpy", "array_api_strict"])
-def test_no_distance_matrix_in_memory(name: str):
+def test_no_distance_matrix_in_memory(name: str, faiss: bool, monkeypatch: pytest.MonkeyPatch):
     # 64 MiB against 1 GiB, or 256 MiB by the standard alone, which is slower: room for chunks and copies of the
     # inputs, none for the matrix.
     library = library_named(name)
+    if not faiss:
+        if name != "numpy":
+            pytest.skip("only NumPy searches by faiss")
+        monkeypatch.setattr(*replacement("numpy without faiss"))
     rng = np.random.default_rng(7)
     rows = N if name == "numpy" else N // 4
     z, codebook = (library.to(rng.standard_normal((n, D)).astype(np.float32)) for n in (rows, K))
@@ -246,8 +329,9 @@ def test_no_distance_matrix_in_memory(name: str):
     assert peak < 64 * MEBI
 
 
-@pytest.mark.parametrize("name", ["torch", "jax", "mlx"])
-def test_no_distance_matrix_in_the_process(name: str):
+@pytest.mark.parametrize("path", ["numpy", "torch", "jax", "mlx", *PATHS])
+def test_no_distance_matrix_in_the_process(path: str):
+    name = PATHS[path][0] if path in PATHS else path
     library_named(name)
     # The second call is measured, after the library's own start-up and compilation at a small size. 256 MiB against
     # 1 GiB: thread pools and allocators keep some memory for themselves.
@@ -256,8 +340,11 @@ def test_no_distance_matrix_in_the_process(name: str):
         import numpy as np
         import diveq_core as dq
         from conftest import LIBRARIES
+        from test_search import PATHS, replacement
 
         library = LIBRARIES[{name!r}]()
+        if {path!r} in PATHS:
+            setattr(*replacement({path!r}))
         rng = np.random.default_rng(0)
 
         def search(n, k):

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diveq_core as dq
-from conftest import Library, assert_close
+from conftest import Library, assert_close, standard_promotion
 from diveq_core.registry import backend_of
+from strategies import to_library
+from test_quantize import generators
 
 ESTIMATORS = [dq.SFDiVeQDetach(), dq.SFDiVeQ(0.3)]
 
@@ -165,6 +167,51 @@ def test_the_angle_that_would_be_one_is_below(monkeypatch: pytest.MonkeyPatch) -
     assert dq.SFDiVeQDetach().prepare("test", lib, codebook[:1], codebook, None, None).dither.max() < 1
 
 
+SEGMENTS = 2000
+
+
+def drawn_dither(library: Library, dtype: str, estimator: Any, rng: Any, vectors: int = 1) -> np.ndarray:
+    """The dither of every other segment of a curve between 0 and 1 and back, (vectors, SEGMENTS), float32.
+
+    Those segments begin at 0 and end at 1, so that the point of each is its dither, bit for bit.
+    """
+    corners = np.arange(2 * SEGMENTS, dtype=np.float32)[:, None] % 2
+    codebook = to_library(library, corners, dtype)
+    z = library.to(np.zeros((vectors, SEGMENTS, 1), np.float32))
+    indices = library.to(np.tile(np.arange(0, 2 * SEGMENTS, 2), (vectors, 1)))
+    with standard_promotion():
+        z_q = dq.quantize(z, codebook, estimator, rng=rng, indices=indices).z_q
+    assert library.back(z_q).dtype == np.float32
+    return library.back(z_q)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", ["float32"])
+def test_drawn_dither_is_uniform_in_the_half_open_interval(library: Library, dtype: str) -> None:
+    t = drawn_dither(library, dtype, dq.SFDiVeQDetach(), generators(library.name, 0))[0]
+    assert t.min() >= 0
+    assert t.max() < 1
+    # Kolmogorov's statistic exceeds 1.95 / sqrt(n) by chance once in a thousand.
+    steps = np.arange(SEGMENTS + 1) / SEGMENTS
+    assert np.max(np.abs(np.sort(t) - (steps[:-1] + steps[1:]) / 2)) < 1.95 / SEGMENTS**0.5
+    # A draw for each segment, none like its neighbour's: the correlation of independent ones is 0 +- 1 / sqrt(n).
+    assert len(np.unique(t)) > 0.99 * SEGMENTS
+    assert abs(np.corrcoef(t[1:], t[:-1])[0, 1]) < 4 / SEGMENTS**0.5
+
+
+def test_dither_is_drawn_once_per_segment_and_anew_each_time(library: Library) -> None:
+    t = drawn_dither(library, "float32", dq.SFDiVeQDetach(), generators(library.name, 1), vectors=2)
+    np.testing.assert_array_equal(t[0], t[1])
+    again = drawn_dither(library, "float32", dq.SFDiVeQDetach(), generators(library.name, 1))
+    np.testing.assert_array_equal(again[0], t[0])
+    other = drawn_dither(library, "float32", dq.SFDiVeQDetach(), generators(library.name, 2))
+    assert (other[0] != t[0]).mean() > 0.99
+    if library.name != "jax":  # whose keys are values
+        rng = generators(library.name, 1)
+        first, second = (drawn_dither(library, "float32", dq.SFDiVeQDetach(), rng) for _ in range(2))
+        np.testing.assert_array_equal(first[0], t[0])
+        assert (first != second).mean() > 0.99
+
+
 def brute_force(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     """Distance of each vector to the curve, in float64."""
     z, start = z.astype(np.float64)[:, None], codebook.astype(np.float64)[:-1]
@@ -172,6 +219,26 @@ def brute_force(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     squared = (step**2).sum(-1)
     t = np.clip(((z - start) * step).sum(-1) / np.where(squared == 0, 1, squared), 0, 1)
     return np.sqrt(((z - start - t[..., None] * step) ** 2).sum(-1)).min(1)
+
+
+def hidden_by_rounding(z: np.ndarray, codebook: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """How much further than the nearest point of the curve, at a distance ``best``, float32 may take another, (N,).
+
+    Scores are compared whose terms, twice, add up to less than 9 (|y| + |e|)^2 in the centred frame: |e|^2 from the
+    start, 2 |y||e| from the product with it, and at most two of 2 |e| (|y| + |e|) from the step along a segment of
+    length 2 |e|. Sums of D products, with roundings that are no conspiracy, are wrong by sqrt(D) units roundoff of
+    that; three more for what they are made of. The two scores' error B hides sqrt(best^2 + B) - best of a distance.
+
+    The point found is rounded: (1 - t) c_1 + t c_2 three times in each coordinate, which is relative to the
+    codewords where they are, and t, which moves it along a segment, by as many roundings as D + 3.
+    """
+    u, d = float(np.finfo(np.float32).eps) / 2, z.shape[1]
+    centre = codebook.astype(np.float64).mean(axis=0)
+    y = np.linalg.norm(z - centre, axis=1)
+    e = 2 * np.linalg.norm(codebook - centre, axis=1).max()
+    squared = 2 * (np.sqrt(d) + 3) * u * 9 * (y + e) ** 2
+    rounded = 3 * u * np.sqrt(d) * np.abs(codebook).max() + (d + 3) * u * (y + e)
+    return np.sqrt(best**2 + squared) - best + rounded
 
 
 @pytest.mark.parametrize(
@@ -184,10 +251,8 @@ def test_projection_finds_the_nearest_point_of_the_whole_curve(k: int, d: int, o
     codebook[k // 2] = codebook[k // 2 - 1]
     out = dq.project(library.to(z), library.to(codebook))
     z_q = library.back(out.z_q)
-    distance = np.linalg.norm(z.astype(np.float64) - z_q, axis=1)
-    # Rounding of the output itself, and of squared distances of order ten in float32.
-    allowed = 4e-7 * (offset + 4) * np.sqrt(d) + 4e-6 / np.maximum(distance, 1e-3)
-    assert np.all(distance - brute_force(z, codebook) <= allowed)
+    distance, best = np.linalg.norm(z.astype(np.float64) - z_q, axis=1), brute_force(z, codebook)
+    assert np.all(distance - best <= hidden_by_rounding(z, codebook, best))
     decoded = dq.decode_curve(out.segments, out.positions, library.to(codebook))
     np.testing.assert_array_equal(library.back(decoded), z_q)
     segments, positions = library.back(out.segments), library.back(out.positions)
