@@ -67,16 +67,16 @@ def _nearest_by_numpy(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     the rest of a training step needs.
     """
     words = codebook.numpy()
-    parts = [
-        diveq_numpy.search.nearest_rows(diveq_numpy.backend, rows.to(codebook.dtype).numpy(), words, _product)
-        for rows in z.split(_ROWS_WIDENED)
-    ]
+    with torch.no_grad(), torch.autocast("cpu", enabled=False), _full_float32(z.device):
+        parts = [
+            diveq_numpy.search.nearest_rows(diveq_numpy.backend, rows.to(codebook.dtype).numpy(), words, _product)
+            for rows in z.split(_ROWS_WIDENED)
+        ]
     return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        torch.mm(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
+    torch.mm(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
 
 
 def _nearest_by_product(lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -102,16 +102,17 @@ def _nearest_by_product(lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -
 
 @contextlib.contextmanager
 def _full_float32(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32 on a GPU also where the user allows TF32 elsewhere."""
-    if device.type != "cuda":
+    """Float32 products in float32 also where the user allows TF32 or bfloat16 for them elsewhere."""
+    settings = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device.type)
+    if settings is None:
         yield
         return
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    allowed = settings.matmul.fp32_precision
+    settings.matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        settings.matmul.fp32_precision = allowed
 
 
 @nearest_rows.register_fake

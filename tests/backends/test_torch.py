@@ -658,3 +658,25 @@ class TestCUDA:
         z, codebook, _ = problem()
         with pytest.raises(RuntimeError, match="device"):
             dq.nearest(z.cuda(), codebook)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_search_multiplies_in_full_float32_and_leaves_the_setting(precision, monkeypatch):
+    """TF32 and bfloat16 keep too few digits to tell codewords apart; what the user allows elsewhere stays allowed."""
+    before, matmul, seen = torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul, []
+    multiply = torch.mm
+
+    def recorded(*arguments, **options):
+        seen.append(matmul.fp32_precision)
+        return multiply(*arguments, **options)
+
+    monkeypatch.setattr(torch, "mm", recorded)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        allowed = matmul.fp32_precision
+        dq.nearest(torch.randn(8, 40), torch.randn(4, 40))
+        assert set(seen) == {"ieee"}
+        assert matmul.fp32_precision == allowed
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
