@@ -4,7 +4,7 @@ from diveq_core.backend import Backend
 from diveq_core.call import Quantized
 from diveq_core.codebook import EMAState, ema_init, ema_update
 from diveq_core.compose import Composite
-from diveq_core.cosine import nearest_cosine, normalize, normalize_vjp
+from diveq_core.cosine import nearest_cosine, normalize, normalize_jvp, normalize_vjp
 from diveq_core.curve import Projected, decode_curve, project
 from diveq_core.curve_init import curve_init
 from diveq_core.custom_radius import CustomRadius
@@ -91,6 +91,7 @@ __all__ = [
     "nearest",
     "nearest_cosine",
     "normalize",
+    "normalize_jvp",
     "normalize_vjp",
     "perplexity",
     "positive_share",

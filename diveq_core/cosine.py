@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diveq_core._array import Array, safe_inverse
+from diveq_core._array import Array, safe_inverse, zero_rows
 from diveq_core.checks import check_floating, check_like, check_pair, check_vectors, flat_rows, refuse_not_finite
 from diveq_core.registry import backend_of
 
@@ -79,16 +79,52 @@ def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
     array([[0.5, 0. ]])
     """
     lib = _check("normalize_vjp", x)
-    xp = lib.xp
     rho, u = _polar(lib, x)
 
     def pullback(g: Array, /) -> Array:
         check_like(lib, "pullback", "g", g, x, "x")
-        flat = lib.astype(flat_rows(lib, g), u.dtype)
-        across = (flat - lib.dot(flat, u) * u) * safe_inverse(lib, rho)
-        return xp.reshape(lib.astype(xp.where(rho > 0, across, xp.zeros_like(u)), x.dtype), tuple(x.shape))
+        return _across(lib, rho, u, g, x)
 
-    return xp.reshape(lib.astype(u, x.dtype), tuple(x.shape)), pullback
+    return lib.xp.reshape(lib.astype(u, x.dtype), tuple(x.shape)), pullback
+
+
+def normalize_jvp(x: Array, dx: Array, /) -> tuple[Array, Array]:
+    r"""Vectors over their lengths, and their tangents; works in every library.
+
+    .. math:: d\hat x = \frac{1}{\|x\|}\,(dx - \langle dx, \hat x\rangle \hat x), \qquad 0 \text{ where } x = 0
+
+    Parameters
+    ----------
+    x : array (..., D)
+        As in `normalize`.
+    dx : array (..., D)
+        Tangent of ``x``.
+
+    Returns
+    -------
+    normalized, tangent : array (..., D)
+        In the dtype of ``x``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `normalize`, also for a tangent of another library, dtype or shape.
+
+    Notes
+    -----
+    The same linear map as that of `normalize_vjp`, for the derivative of a direction is symmetric.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.normalize_jvp(np.array([[0.0, 2.0]]), np.array([[1.0, 5.0]]))
+    (array([[0., 1.]]), array([[0.5, 0. ]]))
+    """
+    lib = _check("normalize_jvp", x)
+    check_like(lib, "normalize_jvp", "dx", dx, x, "x")
+    rho, u = _polar(lib, x)
+    return lib.xp.reshape(lib.astype(u, x.dtype), tuple(x.shape)), _across(lib, rho, u, dx, x)
 
 
 def nearest_cosine(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Array:
@@ -142,6 +178,13 @@ def nearest_cosine(z: Array, codebook: Array, /, *, check_finite: bool | None = 
 def _polar(lib: Backend, x: Array) -> tuple[Array, Array]:
     """Lengths (N, 1) and directions (N, D) in the compute dtype."""
     return lib.polar(lib.astype(flat_rows(lib, x), lib.compute_dtype(x.dtype)))
+
+
+def _across(lib: Backend, rho: Array, u: Array, v: Array, x: Array) -> Array:
+    """``(v - <v, u> u) / rho`` in the shape and dtype of ``x``; 0 where rho = 0."""
+    v = lib.astype(flat_rows(lib, v), u.dtype)
+    across = (v - lib.dot(v, u) * u) * safe_inverse(lib, rho)
+    return lib.xp.reshape(lib.astype(zero_rows(lib, rho == 0, across), x.dtype), tuple(x.shape))
 
 
 def _check(function: str, x: Array) -> Backend:

@@ -976,9 +976,16 @@ MUTANTS = (
     Mutant(
         "normalize: the part along x stays",
         COSINE,
-        "(flat - lib.dot(flat, u) * u)",
-        "(flat - 0 * u)",
+        "(v - lib.dot(v, u) * u)",
+        "(v - 0 * u)",
         "test_linear.py pullback_of_normalize and numpy",
+    ),
+    Mutant(
+        "normalize: zeros have a derivative",
+        COSINE,
+        "zero_rows(lib, rho == 0, across)",
+        "across",
+        "test_linear.py tangent_of_normalize and numpy",
     ),
     Mutant(
         "normalize: the length lost",

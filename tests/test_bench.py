@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import diveq_core as dq
 from conftest import importable, run_python
-from diveq_core.bench import bars, command, memory, problem, timing
-from diveq_core.bench.bars import Row, memory_rows, saved_rows, speed_bars, speed_row
+from diveq_core.bench import bars, clusterings, command, memory, problem, timing
+from diveq_core.bench.bars import Row, inertia_rows, memory_rows, saved_rows, speed_bars, speed_row
 from diveq_core.bench.comparison import Comparison, compare, lines
 from diveq_core.bench.contenders import CONTENDERS, JOBS, taking_part
 from diveq_core.bench.problem import Problem, UnavailableError, arrays
@@ -198,6 +198,33 @@ def test_autodiff_given_the_indices_is_the_same_estimator():
         for a, b in zip(run(), ours, strict=True):
             # Rounding of float32 in another order of operations.
             np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_kmeans_is_the_same_of_both():
+    at = Problem(512, 16, 3 * 8 * 8)
+    ours, other = (variants(name, at)[""]() for name in JOBS["kmeans"])
+    assert other.n_iter_ == clusterings.ITERATIONS
+    # Float32 sums of up to 512 vectors, in another order; no vector lies that near to the middle of two codewords.
+    np.testing.assert_allclose(ours.codebook, other.cluster_centers_, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(ours.indices, other.labels_)
+
+
+def test_neither_kmeans_comes_to_rest_before_its_last_iteration():
+    z, codebook = clusterings._patches(bars._PHOTOGRAPHS.sized(512, 16, 192))
+    last = [dq.kmeans(z, codebook, iterations=clusterings.ITERATIONS - less).codebook for less in (1, 0)]
+    assert (last[0] != last[1]).any()
+
+
+def test_inertia_row():
+    (row,) = inertia_rows(quick=True)
+    assert row.met is None
+    assert row.value == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("at", [Problem(64, 4, 64), Problem(64, 4, 192, "float64")], ids=str)
+def test_kmeans_is_timed_on_patches_only(at):
+    with pytest.raises(UnavailableError, match="square patches in colour"):
+        CONTENDERS["kmeans-numpy"].prepared(at)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import Library, assert_close
+from conftest import Library, assert_close, library_named
 
 K, D, BATCH = 7, 6, (4, 5)
 
@@ -125,6 +125,38 @@ def test_codebooks_of_dropped_stages_get_no_gradient() -> None:
     _, g_codebook = dq.vjp(z, codebook, estimator, noise=noise)[1](g)
     assert np.any(g_codebook[:2] != 0)
     np.testing.assert_array_equal(g_codebook[2], np.zeros((K, D)))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_fewer_stages_are_those_of_a_shorter_codebook(stages: int, library: Library) -> None:
+    """Quantizer dropout: the first stages do what they would do alone, and their indices decode exactly."""
+    rng = np.random.default_rng(5)
+    z, codebook = (library.to(rng.standard_normal(s).astype(np.float32)) for s in ((*BATCH, D), (3, K, D)))
+    estimator = dq.Residual(dq.DiVeQDetach(), stages)
+    whole = dq.quantize(z, codebook, dq.Residual(dq.DiVeQDetach(), 3))
+    for words in (codebook, codebook[:stages, ...]):
+        out = dq.quantize(z, words, estimator)
+        np.testing.assert_array_equal(library.back(out.indices), library.back(whole.indices)[..., :stages])
+        truncated = dq.decode(whole.indices[..., :stages], words, estimator)
+        np.testing.assert_array_equal(library.back(truncated), library.back(out.z_q))
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_automatic_differentiation_gives_dropped_stages_no_gradient(name: str) -> None:
+    library = library_named(name)
+    rng = np.random.default_rng(6)
+    z, codebook = (library.to(rng.standard_normal(s).astype(np.float32)) for s in ((*BATCH, D), (3, K, D)))
+    estimator = dq.Residual(dq.DiVeQDetach(), 2)
+    if name == "torch":
+        codebook.requires_grad_()
+        dq.quantize(z, codebook, estimator).z_q.sum().backward()
+        gradient = codebook.grad
+    else:
+        import jax
+
+        gradient = jax.grad(lambda words: dq.quantize(z, words, estimator).z_q.sum())(codebook)
+    assert np.any(library.back(gradient)[:2] != 0)
+    np.testing.assert_array_equal(library.back(gradient)[2], np.zeros((K, D)))
 
 
 def test_eight_stages_go_on_reducing_the_error_of_tiny_data(library: Library) -> None:

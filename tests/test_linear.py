@@ -155,6 +155,53 @@ def test_the_pullback_of_normalize_is_automatic_differentiations(name: str):
     np.testing.assert_allclose(library.back(actual), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_tangent_of_normalize(library: Library):
+    rng = np.random.default_rng(1)
+    x, dx, g = (rng.standard_normal((2, 5, 3)).astype(np.float32) for _ in range(3))
+    x[1, 2] = 0
+    normalized, tangent = dq.normalize_jvp(library.to(x), library.to(dx))
+    rho = np.linalg.norm(x, axis=-1, keepdims=True)
+    u = np.divide(x, rho, out=np.zeros_like(x), where=rho > 0)
+    across = dx - (dx * u).sum(axis=-1, keepdims=True) * u
+    expected = np.divide(across, rho, out=np.zeros_like(x), where=rho > 0)
+    # About ten operations on numbers of order one.
+    assert_close(normalized, u, library, rtol=1e-6, atol=1e-7)
+    assert_close(tangent, expected, library, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(library.back(tangent)[1, 2], 0)
+    # <g, dx^> = <g_x, dx>: thirty products of order one.
+    pulled = library.back(dq.normalize_vjp(library.to(x))[1](library.to(g)))
+    np.testing.assert_allclose((library.back(tangent) * g).sum(), (pulled * dx).sum(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e200, 1e300])
+def test_the_tangent_of_normalize_at_extreme_scales(scale: float, library: Library):
+    with float64_in(library):
+        x, dx = np.array([[3.0, 4.0], [-1.0, 2.0]]), np.array([[1.0, -2.0], [5.0, 0.5]])
+        _, expected = dq.normalize_jvp(x, dx)
+        # A direction has no scale, so x and dx of one scale give the tangent of scale one; and its rounding.
+        normalized, tangent = dq.normalize_jvp(library.to(x * scale), library.to(dx * scale))
+        assert_close(tangent, expected, library, rtol=1e-14, atol=1e-15)
+        assert_close(normalized, dq.normalize(x), library, rtol=1e-15)
+
+
+# torch's forward mode compiles decompositions by a function that torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_the_tangent_of_normalize_is_forward_modes(name: str):
+    library = library_named(name)
+    rng = np.random.default_rng(0)
+    x, dx = (rng.standard_normal((5, 3)).astype(np.float32) for _ in range(2))
+    x[2] = 0
+    if name == "torch":
+        from torch.func import jvp
+    else:
+        from jax import jvp
+    expected = jvp(dq.normalize, (library.to(x),), (library.to(dx),))
+    for ours, theirs in zip(dq.normalize_jvp(library.to(x), library.to(dx)), expected, strict=True):
+        # Two orders of about ten operations.
+        assert_close(ours, library.back(theirs), library, rtol=1e-5, atol=1e-6)
+
+
 def test_nearest_by_direction(library: Library):
     rng = np.random.default_rng(0)
     z, codebook = rng.standard_normal((200, 5)), rng.standard_normal((30, 5))
@@ -180,6 +227,12 @@ def test_errors_of_directions(library: Library):
     x = library.to(np.ones((2, 3), np.float32))
     with pytest.raises(ValueError, match=r"^pullback: g must have the shape of x, \(2, 3\), got \(3, 2\)$"):
         dq.normalize_vjp(x)[1](library.to(np.ones((3, 2), np.float32)))
+    with pytest.raises(ValueError, match=r"^normalize_jvp: x must have shape \(\.\.\., D\) with D >= 1, got \(\)$"):
+        dq.normalize_jvp(scalar, scalar)
+    with pytest.raises(ValueError, match=r"^normalize_jvp: dx must have the shape of x, \(2, 3\), got \(3, 2\)$"):
+        dq.normalize_jvp(x, library.to(np.ones((3, 2), np.float32)))
+    with pytest.raises(TypeError, match=r"^normalize_jvp: "):
+        dq.normalize_jvp(x, library.to(np.ones((2, 3), np.int32)))
     with pytest.raises(ValueError, match=r"^nearest_cosine: z must have shape"):
         dq.nearest_cosine(library.to(np.ones((2, 4), np.float32)), x)
     bad = library.to(np.array([[np.nan, 0, 0]], np.float32))

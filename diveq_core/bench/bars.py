@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import diveq_core as dq
+from diveq_core.bench.clusterings import inertia_ratio
 from diveq_core.bench.memory import peak_bytes, saved_bytes
 from diveq_core.bench.problem import Problem, UnavailableError, has_gpu
 from diveq_core.bench.timing import ratio
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from diveq_core.bench.comparison import Comparison
 
 _MEBIBYTE = 2**20
+
+_PHOTOGRAPHS = Problem(16384, 256, 3 * 8 * 8)
+"""Patches of 8 x 8 pixels in colour."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def speed_bars(*, quick: bool = False) -> list[Bar]:
     """The ratios promised on two CPU cores, and on a GPU; in small sizes if ``quick``."""
 
     def problem(n: int, k: int, d: int, device: str = "cpu") -> Problem:
-        return Problem(n // 32, max(k // 32, 16), d, device=device) if quick else Problem(n, k, d, device=device)
+        return _sized(Problem(n, k, d, device=device), quick=quick)
 
     bars = []
 
@@ -83,11 +87,17 @@ def speed_bars(*, quick: bool = False) -> list[Bar]:
     for name, label in (("diveq", "DiVeQ"), ("detach", "DiVeQ-detach")):
         pair = (f"rest-{name}", f"rest-{name}-autodiff")
         add("step less its search / autodiff", f"torch, {label}", "rest", medium, pair, 0.70)
+    pair = ("kmeans-numpy", "scikit-learn")
+    add("k-means / scikit-learn", "NumPy, time", "kmeans", _sized(_PHOTOGRAPHS, quick=quick), pair, 1.0)
     gpu = problem(65536, 1024, 64, "cuda")
     add("on a GPU", "torch step / diveq", "step", gpu, ("step-torch", "diveq"), 0.25)
     add("on a GPU", f"torch step / {peer}", "step", gpu, ("step-torch", peer), 0.25)
     add("on a GPU", "torch search / product", "search", gpu, ("search-torch", "product"), 1.3)
     return bars
+
+
+def _sized(problem: Problem, *, quick: bool) -> Problem:
+    return problem.sized(problem.n // 32, max(problem.k // 32, 16), problem.d) if quick else problem
 
 
 def speed_row(bar: Bar, comparisons: Sequence[Comparison], *, judged: bool) -> Row:
@@ -107,6 +117,16 @@ def speed_row(bar: Bar, comparisons: Sequence[Comparison], *, judged: bool) -> R
 
 def _row(bar: Bar, reason: str) -> Row:
     return Row(bar.group, bar.text, bar.problem.size, bar.limit, "x", reason=reason)
+
+
+def inertia_rows(*, quick: bool = False) -> list[Row]:
+    """The squared error that k-means leaves on patches of photographs, in units of scikit-learn's."""
+    problem = _sized(_PHOTOGRAPHS, quick=quick)
+    made = ("k-means / scikit-learn", "NumPy, inertia", problem.size, 1.02, "x")
+    try:
+        return [Row(*made, inertia_ratio(problem), judged=not quick)]
+    except UnavailableError as reason:
+        return [Row(*made, reason=str(reason))]
 
 
 def memory_rows(*, quick: bool = False) -> list[Row]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from diveq_core._terminal import check_output, wide_console
-from diveq_core.bench.bars import memory_rows, saved_rows, speed_bars, speed_row
+from diveq_core.bench.bars import inertia_rows, memory_rows, saved_rows, speed_bars, speed_row
 from diveq_core.bench.comparison import Comparison, compare, growth_problems
 from diveq_core.bench.machine import busy, described, machine
 from diveq_core.bench.picture import save_picture
@@ -46,7 +46,7 @@ class Bench:
         self._say("peak memory")
         used = memory_rows(quick=quick) if self.settings.memory else []
         on_cpu = [row for row, bar in zip(rows, bars, strict=True) if bar.problem.device == "cpu"]
-        return [*on_cpu, *used, *saved_rows(quick=quick), *rows[len(on_cpu) :]], comparisons
+        return [*on_cpu, *inertia_rows(quick=quick), *used, *saved_rows(quick=quick), *rows[len(on_cpu) :]], comparisons
 
     def growth(self) -> list[Comparison]:
         """The comparisons of the picture."""

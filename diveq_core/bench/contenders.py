@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diveq_core.bench import searches, steps
+from diveq_core.bench import clusterings, searches, steps
 from diveq_core.bench.problem import BACKENDS, Problem, UnavailableError
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute the search or the training step.
+    """One way to compute the search, the training step or k-means.
 
     Parameters
     ----------
@@ -58,12 +58,15 @@ CONTENDERS: dict[str, Contender] = {
     "rest-diveq-autodiff": Contender("autodiff, DiVeQ", steps.rest_by_autodiff(noisy=True)),
     "rest-detach": Contender("diveq_core, DiVeQ-detach", steps.rest(noisy=False)),
     "rest-detach-autodiff": Contender("autodiff, DiVeQ-detach", steps.rest_by_autodiff(noisy=False)),
+    "kmeans-numpy": Contender("diveq_core, NumPy", clusterings.ours),
+    "scikit-learn": Contender("scikit-learn KMeans", clusterings.scikit_learn),
 }
 
 JOBS: dict[str, tuple[str, ...]] = {
     "search": ("product", *(f"search-{name}" for name in BACKENDS), "cdist", "faiss", "jax-whole"),
     "step": (*(f"step-{name}" for name in BACKENDS), "autodiff", "diveq", "vector-quantize-pytorch"),
     "rest": ("rest-diveq", "rest-diveq-autodiff", "rest-detach", "rest-detach-autodiff"),
+    "kmeans": ("kmeans-numpy", "scikit-learn"),
 }
 """Contenders of each comparison; those that cannot take part say why."""
 
@@ -71,6 +74,7 @@ TITLES = {
     "search": "Search: the nearest codeword",
     "step": "Training step: search, DiVeQ forward, backward to z and codebook",
     "rest": "Training step less its search: the indices given",
+    "kmeans": f"k-means: {clusterings.ITERATIONS} iterations from one codebook, on patches of photographs",
 }
 
 

@@ -1,0 +1,183 @@
+"""Every estimator under the transformations of torch and JAX, for the second table of capabilities."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import diveq_core as dq
+from capability_rows import ESTIMATORS, Estimation
+from conftest import library_named
+from reference import case_named, expression
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@functools.cache
+def _problem(name: str) -> tuple[list[np.ndarray], np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Inputs, a cotangent, and NumPy's gradients to z and codebook."""
+    row, rng = ESTIMATORS[name], np.random.default_rng(11)
+    inputs = row.draw(rng)
+    g = rng.standard_normal(inputs[0].shape, dtype=np.float32)
+    return inputs, g, row.vjp(*inputs)[1](g)
+
+
+def _in(library: str, name: str) -> tuple[Estimation, list[Any], Any]:
+    to = library_named(library).to
+    inputs, g, _ = _problem(name)
+    return ESTIMATORS[name], [to(x) for x in inputs], to(g)
+
+
+def _loss(row: Estimation, g: Any, *inputs: Any) -> Any:
+    return (row.forward(*inputs)[0] * g).sum()
+
+
+def _compare(library: str, name: str, found: Any) -> None:
+    row, back = ESTIMATORS[name], library_named(library).back
+    for actual, expected in zip(found, _problem(name)[2], strict=True):
+        np.testing.assert_allclose(back(actual), expected, rtol=row.rtol, atol=row.atol)
+
+
+@functools.cache
+def _compiled() -> dict[str, tuple[Any, Any]]:
+    """Gradients of all estimators, from one graph: compiling each by itself takes as long for each."""
+    import torch
+
+    problems = {name: _in("torch", name) for name in ESTIMATORS}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def losses(*arrays: list[Any]) -> Any:
+        rows = zip(problems.values(), arrays, strict=True)
+        return [_loss(row, g, *inputs) for (row, _, g), inputs in rows]
+
+    leaves = [[x.requires_grad_(i < 2) for i, x in enumerate(inputs)] for _, inputs, _ in problems.values()]
+    sum(losses(*leaves)).backward()
+    pairs = [tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in inputs[:2]) for inputs in leaves]
+    return dict(zip(ESTIMATORS, pairs, strict=True))
+
+
+def _jit(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.jit``, without what only makes the compiled code faster."""
+    import jax
+
+    return jax.jit(f, compiler_options={"xla_llvm_disable_expensive_passes": True})
+
+
+def _torch_compile(name: str) -> None:
+    _compare("torch", name, _compiled()[name])
+
+
+def _by_rows(library: str, vmap: Callable[..., Any], grad: Callable[..., Any], name: str) -> None:
+    row, inputs, g = _in(library, name)
+    axes = (0, 0, None, *row.noise_axes)
+    g_z, g_codebook = vmap(grad(lambda g, *x: _loss(row, g, *x), (1, 2)), axes)(g, *inputs)
+    _compare(library, name, (g_z, g_codebook.sum(0)))
+
+
+def _torch_vmap(name: str) -> None:
+    import torch
+
+    _by_rows("torch", torch.func.vmap, torch.func.grad, name)
+
+
+def _jax_vmap(name: str) -> None:
+    import jax
+
+    _by_rows("jax", lambda f, axes: _jit(jax.vmap(f, axes)), jax.grad, name)
+
+
+def _stages(xp: Any, sg: Callable[[Any], Any], z: Any, codebook: Any, noise: Any) -> Any:
+    """The two stages of DiVeQ, as its authors' expression: a composite's explicit verbs are not differentiated."""
+    total, residual = 0.0 * z, z
+    for words, own in zip(codebook, noise, strict=True):
+        q = words[dq.nearest(residual, words)]
+        out = expression(case_named("DiVeQ"), xp, sg, residual, q, own)
+        total, residual = total + out, residual - out
+    return total
+
+
+def _torch_double_backward(name: str) -> None:
+    import torch
+
+    row, inputs, g = _in("torch", name)
+    found = []
+    for reference in (False, True):
+        z, codebook = leaves = [x.clone().requires_grad_() for x in inputs[:2]]
+        if reference and name != "Residual(DiVeQ(), 2)":
+            gradients = row.vjp(z, codebook, *inputs[2:])[1](g)
+        else:
+            staged = _stages(torch, torch.detach, z, codebook, inputs[2]) if reference else None
+            loss = _loss(row, g, z, codebook, *inputs[2:]) if staged is None else (staged * g).sum()
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        penalty = sum((x * x).sum() for x in gradients)
+        # Straight-through gradients are constants, which have nothing to differentiate.
+        zeros = (torch.zeros_like(z), torch.zeros_like(codebook))
+        second = torch.autograd.grad(penalty, leaves, materialize_grads=True) if penalty.requires_grad else zeros
+        found.append(second)
+    for actual, expected in zip(*found, strict=True):
+        np.testing.assert_allclose(actual.numpy(), expected.numpy(), rtol=row.rtol, atol=10 * row.atol)
+
+
+def _jax_hessian(name: str) -> None:
+    import jax
+
+    row, inputs, g = _in("jax", name)
+    rest = inputs[1:]
+
+    def reference(z: Any) -> Any:
+        if name != "Residual(DiVeQ(), 2)":
+            return row.vjp(z, *rest)[1](g)[0]
+        return jax.grad(lambda z: (_stages(jax.numpy, jax.lax.stop_gradient, z, *rest) * g).sum())(z)
+
+    def both(z: Any) -> Any:
+        return jax.hessian(lambda z: _loss(row, g, z, *rest))(z), jax.jacrev(reference)(z)
+
+    actual, expected = _jit(both)(inputs[0])
+    np.testing.assert_allclose(actual, expected, rtol=row.rtol, atol=10 * row.atol)
+
+
+def _jax_jit(name: str) -> None:
+    import jax
+
+    row, inputs, g = _in("jax", name)
+    _compare("jax", name, _jit(jax.grad(lambda *x: _loss(row, g, *x), (0, 1)))(*inputs))
+
+
+def _jax_scan(name: str) -> None:
+    import jax
+
+    row, (z, codebook, *noises), g = _in("jax", name)
+    axes = row.noise_axes
+    rowwise = [jax.numpy.moveaxis(x, axis, 0) for x, axis in zip(noises, axes, strict=True) if axis is not None]
+
+    def loss(z: Any, codebook: Any) -> Any:
+        def step(total: Any, here: Any) -> Any:
+            z, g, *own = here
+            mine = iter(own)
+            noise = [x if axis is None else next(mine) for x, axis in zip(noises, axes, strict=True)]
+            return total + _loss(row, g, z, codebook, *noise), None
+
+        return jax.lax.scan(step, jax.numpy.zeros((), z.dtype), (z, g, *rowwise))[0]
+
+    _compare("jax", name, _jit(jax.grad(loss, (0, 1)))(z, codebook))
+
+
+TRANSFORMATIONS: dict[str, Callable[[str], None]] = {
+    "torch: compile": _torch_compile,
+    "torch: vmap": _torch_vmap,
+    "torch: double backward": _torch_double_backward,
+    "jax: jit": _jax_jit,
+    "jax: vmap": _jax_vmap,
+    "jax: hessian": _jax_hessian,
+    "jax: scan": _jax_scan,
+}
+"""Each raises where it does not hold."""
+
+
+def transformed(name: str, transformation: str) -> str:
+    """``yes``, after trying it."""
+    TRANSFORMATIONS[transformation](name)
+    return "yes"
