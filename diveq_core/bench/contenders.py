@@ -58,15 +58,17 @@ CONTENDERS: dict[str, Contender] = {
     "rest-diveq-autodiff": Contender("autodiff, DiVeQ", steps.rest_by_autodiff(noisy=True)),
     "rest-detach": Contender("diveq_core, DiVeQ-detach", steps.rest(noisy=False)),
     "rest-detach-autodiff": Contender("autodiff, DiVeQ-detach", steps.rest_by_autodiff(noisy=False)),
-    "kmeans-numpy": Contender("diveq_core, NumPy", clusterings.ours),
-    "scikit-learn": Contender("scikit-learn KMeans", clusterings.scikit_learn),
+    "kmeans-numpy": Contender("diveq_core, NumPy", clusterings.ours_whole),
+    "scikit-learn": Contender("scikit-learn KMeans", clusterings.scikit_learn_whole),
+    "lloyd-numpy": Contender("diveq_core, NumPy, from a given codebook", clusterings.ours),
+    "scikit-learn-lloyd": Contender("scikit-learn KMeans, from the same", clusterings.scikit_learn),
 }
 
 JOBS: dict[str, tuple[str, ...]] = {
     "search": ("product", *(f"search-{name}" for name in BACKENDS), "cdist", "faiss", "jax-whole"),
     "step": (*(f"step-{name}" for name in BACKENDS), "autodiff", "diveq", "vector-quantize-pytorch"),
     "rest": ("rest-diveq", "rest-diveq-autodiff", "rest-detach", "rest-detach-autodiff"),
-    "kmeans": ("kmeans-numpy", "scikit-learn"),
+    "kmeans": ("kmeans-numpy", "scikit-learn", "lloyd-numpy", "scikit-learn-lloyd"),
 }
 """Contenders of each comparison; those that cannot take part say why."""
 
@@ -74,7 +76,7 @@ TITLES = {
     "search": "Search: the nearest codeword",
     "step": "Training step: search, DiVeQ forward, backward to z and codebook",
     "rest": "Training step less its search: the indices given",
-    "kmeans": f"k-means: {clusterings.ITERATIONS} iterations from one codebook, on patches of photographs",
+    "kmeans": f"k-means++ and {clusterings.ITERATIONS} iterations, on patches of photographs",
 }
 
 
