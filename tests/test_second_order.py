@@ -246,7 +246,13 @@ def test_jax_hessian_and_hessian_vector_product(case: Case, p: Problem) -> None:
             hessian = jax.hessian(function, argnums=(0, 1))(z, codebook)
             product = jax.jvp(gradient, (z, codebook), (dz, de))[1]
             reverse = jax.grad(lambda z, e: penalty(jax.numpy, gradient(z, e)), argnums=(0, 1))(z, codebook)
-            results.append([np.asarray(x) for x in (*hessian[0], *hessian[1], *product, *reverse)])
+            # Both tangents of the pushforward move: dz and dcodebook, and what it is taken at.
+            twice = jax.jvp(
+                lambda z, e: jax.jvp(function, (z, e), (jax.numpy.sin(z) + dz, e * e + de))[1],
+                (z, codebook),
+                (dz, de),
+            )[1]
+            results.append([np.asarray(x) for x in (*hessian[0], *hessian[1], *product, *reverse, twice)])
         compare_whole(case, p, *results)
 
 
