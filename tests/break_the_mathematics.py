@@ -618,7 +618,7 @@ MUTANTS = (
         PRODUCT,
         "slice(part * width, (part + 1) * width)",
         "slice(0, width)",
-        "test_compose.py decode",
+        "test_compose.py each_group and numpy",
     ),
     Mutant("FSQ: the paper's tan", FSQ, "math.atanh(o / h)", "math.tan(o / h)", "test_fsq.py numpy"),
     Mutant(

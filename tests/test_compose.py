@@ -351,3 +351,16 @@ def test_a_sequence_gives_each_part_its_own_noise(estimator: Any, library: Libra
     first = dq.quantize(wide, codebook_[0, ...], estimator, noise=pair[0])
     second = dq.quantize(wide - first.z_q, codebook_[1, ...], estimator, noise=pair[1])
     np.testing.assert_array_equal(library.back(staged.z_q), library.back(first.z_q + second.z_q))
+
+
+def test_each_group_of_a_product_is_quantized_by_itself(library: Library) -> None:
+    rng = np.random.default_rng(0)
+    z, codebooks, noise = rng.standard_normal((7, 6)), rng.standard_normal((2, K, 3)), rng.standard_normal((7, 6))
+    z, codebooks, noise = (x.astype(np.float32) for x in (z, codebooks, noise))
+    out = dq.quantize(library.to(z), library.to(codebooks), dq.Product(dq.DiVeQ(0.3), 2), noise=library.to(noise))
+    for group, here in enumerate((slice(0, 3), slice(3, 6))):
+        alone = dq.quantize(
+            library.to(z[:, here]), library.to(codebooks[group]), dq.DiVeQ(0.3), noise=library.to(noise[:, here])
+        )
+        np.testing.assert_array_equal(library.back(out.z_q)[:, here], library.back(alone.z_q))
+        np.testing.assert_array_equal(library.back(out.indices)[:, group], library.back(alone.indices))
