@@ -86,7 +86,7 @@ class Direction(NamedTuple):
         return self.y * (c * self.inverse)
 
     def added_to(self, lib: Backend, x: Array, c: Array) -> Array:
-        """X + c u, (N, D), for c (N, 1)."""
+        """The sum x + c u, (N, D), for c (N, 1)."""
         return lib.add_scaled(x, self.y, c * self.inverse)
 
     def stopped(self, lib: Backend) -> Direction:

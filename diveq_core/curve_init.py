@@ -6,9 +6,9 @@ r"""A first curve for space-filling quantization: corners among the vectors, in 
 
 from __future__ import annotations
 
-import numbers
 from typing import TYPE_CHECKING, Any
 
+from diveq_core.checks import checked_count
 from diveq_core.kmeans import kmeans
 from diveq_core.registry import backend_of
 from diveq_core.search import frame
@@ -77,9 +77,8 @@ def curve_init(
     >>> curve if curve[0] < curve[-1] else curve[::-1]
     array([0.5, 4.5, 8.5])
     """
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 2:
-        raise ValueError(f"curve_init: count must be an integer >= 2, for a curve has two ends, got {count!r}")
-    corners = kmeans(z, int(count), iterations=iterations, noise=noise, rng=rng, all_reduce=all_reduce).codebook
+    size = checked_count("curve_init", "count", count, at_least=2)
+    corners = kmeans(z, size, iterations=iterations, noise=noise, rng=rng, all_reduce=all_reduce).codebook
     lib = backend_of("curve_init", z=z)
     return lib.take_rows(corners, tour(lib, lib.astype(corners, lib.compute_dtype(corners.dtype))))
 

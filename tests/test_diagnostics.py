@@ -225,3 +225,10 @@ def test_mixed_dtypes(library: Library):
         assert library.back(dq.coefficient(*mixed)).dtype == np.float64
         expected = (g.astype(np.float64) * (q.astype(np.float64) - z)).sum(axis=-1)
         assert_close(dq.coefficient(*mixed), expected, library, rtol=1e-14, atol=1e-14)
+
+
+def test_usage_under_vmap() -> None:
+    torch = pytest.importorskip("torch")
+    indices = torch.tensor([[0, 2, 2], [1, -1, 0]])
+    counts = torch.vmap(lambda i: dq.usage(i, 3))(indices)
+    np.testing.assert_array_equal(counts.numpy(), [[1, 0, 2], [1, 1, 0]])

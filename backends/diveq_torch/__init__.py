@@ -110,7 +110,7 @@ class TorchBackend(Backend):
         return function(*arrays)
 
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        if _is_plain(total, values) and not _any_negative(segments):
+        if _is_plain(total, values, segments) and not _any_negative(segments):
             return total.index_add_(0, segments, values)
         # One segment more takes the rows whose segment is negative.
         count, width = total.shape
