@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from diveq_core.rule import Bindable
 
 
+# Pairs of numbers that are compared at a time where a library can neither sort nor search.
+_PAIRS = 1 << 22
+
+
 class Backend:
     """One array library, by the standard alone: same numbers as any other, no automatic differentiation.
 
@@ -166,6 +170,42 @@ class Backend:
     def stable_argsort(self, x: Array) -> Array:
         """Indices that sort ``x`` (N,), equal entries in their order."""
         return self.xp.argsort(x)
+
+    def first_equal(self, x: Array) -> Array:
+        """Lowest index of an equal number, for each of (N,)."""
+        xp = self.xp
+        if not hasattr(xp, "argsort"):  # as in cubed
+            return self._by_pairs(lambda y: xp.argmax(xp.astype(x[None, :] == y[:, None], xp.int8), axis=1), x, x)
+        order = self.stable_argsort(x)
+        return xp.take(order, self.searchsorted(xp.take(x, order, axis=0), x), axis=0)
+
+    def searchsorted(self, sorted_: Array, values: Array, *, side: str = "left") -> Array:
+        """How many of the sorted numbers (N,) are below each value (M,); of the right side, or equal to it."""
+        xp = self.xp
+        if hasattr(xp, "searchsorted"):  # of the standard since 2023.12
+            return xp.searchsorted(sorted_, values, side=side)
+        below = xp.less if side == "left" else xp.less_equal
+        index = self.as_indices(xp.asarray([0], **self.place(values))).dtype
+        count = lambda y: xp.sum(xp.astype(below(sorted_[None, :], y[:, None]), index), axis=1)  # noqa: E731
+        return self._by_pairs(count, values, sorted_)
+
+    def _by_pairs(self, function: Callable[[Array], Array], x: Array, others: Array) -> Array:
+        """``function`` of a few of ``x`` (N,) at a time, since it compares each with all the others."""
+        step = max(_PAIRS // max(others.shape[0], 1), 1)
+        parts = [function(x[start : min(start + step, x.shape[0])]) for start in range(0, x.shape[0], step)]
+        return self.xp.concat(parts)
+
+    def cumulative_sum(self, x: Array) -> Array:
+        """Sums of the first numbers, (N,)."""
+        xp = self.xp
+        if hasattr(xp, "cumulative_sum"):  # of the standard since 2023.12
+            return xp.cumulative_sum(x)
+        # Each step doubles how many numbers a sum has.
+        reach = 1
+        while reach < x.shape[0]:
+            x = x + xp.concat([xp.zeros_like(x[:reach]), x[:-reach]])
+            reach *= 2
+        return x
 
     def row_keys(self, codebook: Array) -> Array:
         """A number for each row, (K,), equal for equal rows and almost never for others."""

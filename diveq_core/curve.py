@@ -19,7 +19,7 @@ from diveq_core.checks import (
     refuse_not_finite,
 )
 from diveq_core.registry import backend_of
-from diveq_core.search import frame, rows_per_chunk
+from diveq_core.search import frame, framed, framed_rows, rows_per_chunk
 from diveq_core.space_filling import on_segment
 
 if TYPE_CHECKING:
@@ -88,22 +88,23 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     dtype = lib.compute_dtype(out_dtype)
     flat = flat_rows(lib, lib.stop_gradient(z))
     corners = lib.astype(lib.stop_gradient(codebook), dtype)
-    centre, inverse_scale = frame(lib, corners)
-    e = (corners - centre) * inverse_scale
+    centre, scale = frame(lib, corners)
+    e = framed(lib, corners, centre, scale)
     start, step = e[:-1, :], e[1:, :] - e[:-1, :]
     # Row k of both: what is subtracted from a product with y, so that both begin at the segment's start.
-    along_start = xp.sum(start * step, axis=1)
-    half = xp.sum(start * start, axis=1) * 0.5
-    squared = xp.sum(step * step, axis=1)
+    along_start = xp.sum(start * step, axis=1)[None, :]
+    half = xp.sum(start * start, axis=1)[None, :] * 0.5
+    squared = xp.sum(step * step, axis=1)[None, :]
     rows = max(rows_per_chunk(lib, *codebook.shape) // 4, 1)
     segments = [lib.as_indices(xp.arange(0, **lib.place(corners)))]
     positions = [xp.zeros((0,), dtype=dtype, **lib.place(corners))]
     for first in range(0, flat.shape[0], rows):
         chunk = lib.astype(flat[first : min(first + rows, flat.shape[0]), :], dtype)
-        y = (chunk - centre) * inverse_scale
-        along = lib.matmul(y, xp.permute_dims(step, (1, 0))) - along_start
-        at = _clipped(lib, along / one_where(lib, squared == 0, squared))
-        scores = half - lib.matmul(y, xp.permute_dims(start, (1, 0))) - at * along + at * at * squared * 0.5
+        y, weight = framed_rows(lib, chunk, centre, scale)
+        along = lib.matmul(y, xp.permute_dims(step, (1, 0))) - along_start * weight
+        length = squared * weight
+        at = _clipped(lib, along / one_where(lib, length == 0, length))
+        scores = half * weight - lib.matmul(y, xp.permute_dims(start, (1, 0))) - at * along + at * at * length * 0.5
         segment = lib.as_indices(xp.argmin(scores, axis=1))
         segments.append(xp.where(xp.isfinite(xp.min(scores, axis=1)), segment, xp.full_like(segment, -1)))
         # The position again from differences, which keep the digits that the expansion lost.

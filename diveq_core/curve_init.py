@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diveq_core.checks import checked_count
 from diveq_core.kmeans import kmeans
 from diveq_core.registry import backend_of
-from diveq_core.search import frame
+from diveq_core.search import frame, framed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,13 +86,12 @@ def curve_init(
 def tour(lib: Backend, corners: Array) -> Array:
     """Order in which every corner is followed by the nearest one left, (K,)."""
     xp = lib.xp
-    centre, inverse_scale = frame(lib, corners)
-    e = (corners - centre) * inverse_scale
+    e = framed(lib, corners, *frame(lib, corners))
     numbers = lib.as_indices(xp.arange(e.shape[0], **lib.place(e)))
     gone = xp.zeros_like(e[:, 0])
     far = xp.full_like(gone, float("inf"))
     # The frame's own centre is a rounded mean.
-    from_mean = e - xp.mean(e, axis=0)
+    from_mean = e - xp.mean(e, axis=0, keepdims=True)
     order = [xp.argmax(xp.sum(from_mean * from_mean, axis=1))]
     for _ in range(1, e.shape[0]):
         gone = xp.where(numbers == order[-1], xp.ones_like(gone), gone)
