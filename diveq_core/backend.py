@@ -90,6 +90,10 @@ class Backend:
         """``x`` in ``dtype``, without a copy where it has it already."""
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
 
+    def copy(self, x: Array) -> Array:
+        """``x`` in memory of its own."""
+        return self.xp.asarray(x, copy=True)
+
     def place(self, x: Array) -> dict[str, Any]:
         """Keyword arguments that make a creation function put its array where ``x`` is."""
         device = getattr(x, "device", None)
@@ -108,6 +112,13 @@ class Backend:
     def records(self, *arrays: Array) -> bool:
         """Whether derivatives of what is computed from the arrays may be asked for."""
         return False
+
+    def quiet(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` by this library's own handling of overflow and underflow, whatever its user has set.
+
+        Here the function itself, for a library that has no such setting.
+        """
+        return function
 
     # What the standard lacks, or a library does better
 

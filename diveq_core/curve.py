@@ -18,7 +18,7 @@ from diveq_core.checks import (
     flat_rows,
     refuse_not_finite,
 )
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 from diveq_core.search import frame, rows_per_chunk
 from diveq_core.space_filling import on_segment
 
@@ -39,6 +39,7 @@ class Projected(NamedTuple):
     """Where on the segment, (...), in [0, 1]."""
 
 
+@quiet
 def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Projected:
     r"""Nearest point of the whole curve through the codewords; no derivative flows through it.
 
@@ -114,6 +115,7 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     return Projected(decode_curve(segment, position, lib.astype(codebook, out_dtype)), segment, position)
 
 
+@quiet
 def decode_curve(segments: Array, positions: Array, codebook: Array, /) -> Array:
     r"""Points of a curve: exactly what `project` gave.
 

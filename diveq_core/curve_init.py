@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from diveq_core._array import row_scale
 from diveq_core.checks import checked_count
 from diveq_core.kmeans import kmeans
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 from diveq_core.search import frame
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from diveq_core.backend import Backend
 
 
+@quiet
 def curve_init(
     z: Array,
     count: int,
@@ -86,13 +88,15 @@ def curve_init(
 def tour(lib: Backend, corners: Array) -> Array:
     """Order in which every corner is followed by the nearest one left, (K,)."""
     xp = lib.xp
+    # Where the differences of the largest numbers are finite.
+    corners = corners * row_scale(lib, xp.reshape(corners, (1, corners.shape[0] * corners.shape[1])))
     centre, inverse_scale = frame(lib, corners)
-    e = (corners - centre) * inverse_scale
+    e = (corners - xp.reshape(centre, (1, corners.shape[1]))) * inverse_scale
     numbers = lib.as_indices(xp.arange(e.shape[0], **lib.place(e)))
     gone = xp.zeros_like(e[:, 0])
     far = xp.full_like(gone, float("inf"))
     # The frame's own centre is a rounded mean.
-    from_mean = e - xp.mean(e, axis=0)
+    from_mean = e - xp.mean(e, axis=0, keepdims=True)
     order = [xp.argmax(xp.sum(from_mean * from_mean, axis=1))]
     for _ in range(1, e.shape[0]):
         gone = xp.where(numbers == order[-1], xp.ones_like(gone), gone)

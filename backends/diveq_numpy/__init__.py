@@ -35,6 +35,17 @@ class NumPyBackend(Backend):
             total = np.sum(x)
         return bool(np.isfinite(total)) or bool(np.isfinite(x).all())
 
+    def copy(self, x: np.ndarray) -> np.ndarray:
+        return np.array(x, order="C")
+
+    def quiet(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # Underflow on the way is harmless, and overflow shows in the result.
+        def call(*args: Any, **options: Any) -> Any:
+            with np.errstate(all="ignore"):
+                return function(*args, **options)
+
+        return call
+
     def standard_normal(self, function: str, z: np.ndarray, rng: Any) -> np.ndarray:
         if rng is None:
             # The stream that np.random.seed governs: what "default" means to NumPy's users.

@@ -33,7 +33,7 @@ def nearest_rows(
     dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
     codebook = codebook.astype(dtype, copy=False)
     found = np.empty(z.shape[0], np.int64)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
         centre, inverse_scale = search.frame(lib, codebook)
         canonical = _first_copies(lib, codebook)
         faiss = _faiss() if dtype == np.float32 and codebook.shape[1] <= _FUSED_WIDTH else None
