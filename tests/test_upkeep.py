@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 import warnings
 
@@ -15,7 +16,7 @@ from ranks import Simulated, in_threads
 
 K, D, N = 6, 4, 40
 
-SCALES = {"float32": (1e-40, 1e-38, 1e-30, 1.0, 1e30, 1e38), "float64": (1e-310, 1e-300, 1.0, 1e300, 1e308)}
+SCALES = {"float32": (1e-40, 1e-38, 1e-30, 1.0, 1e30, 1e37), "float64": (1e-310, 1e-300, 1.0, 1e300, 1e307)}
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -35,15 +36,15 @@ def test_kmeans_of_the_largest_numbers(library: Library, dtype: str, value: floa
     if dtype == "float16" and not library.float16:
         pytest.skip("no float16")
     z = np.array([[value], [1.1 * value], [-value], [-1.2 * value]], dtype)
-    with float64_in(library) if dtype == "float64" else warnings.catch_warnings():
+    double = float64_in(library) if dtype == "float64" else contextlib.nullcontext()
+    # That the inertia overflows array-api-strict says by NumPy's warning.
+    with double, np.errstate(over="ignore"):
         found = dq.kmeans(library.to(z), library.to(z[[0, 2]]))
         words, inertia = library.back(found.codebook), float(found.inertia)
     expected = (z[::2].astype("longdouble") + z[1::2]) / 2
     np.testing.assert_allclose(words.astype("longdouble"), expected, rtol=2 * np.finfo(dtype).eps)
-    # Beyond the largest number in the dtype that it is computed in, but for float16.
-    assert inertia == pytest.approx(sum((0.05 * value) ** 2 * 2 for _ in "1") + 2 * (0.1 * value) ** 2, rel=1e-2) or (
-        dtype != "float16" and inertia == np.inf
-    )
+    # Beyond the largest number that it is computed in, but for float16, whose values 5.5e4 is not quite one of.
+    assert inertia == (pytest.approx(0.025 * value * value, rel=1e-2) if dtype == "float16" else np.inf)
 
 
 @pytest.mark.parametrize("exponent", [-1070, -1000, 0, 1000])
@@ -72,11 +73,12 @@ def test_a_codeword_that_does_not_move_is_as_it_was(library: Library) -> None:
 def test_moving_averages_of_the_largest_numbers(library: Library, dtype: str, largest: float) -> None:
     codebook = np.array([[-largest, largest], [largest, 1.0]], dtype)
     z = np.array([[largest, -largest]] * 50, dtype)
-    with float64_in(library) if dtype == "float64" else warnings.catch_warnings():
+    with float64_in(library) if dtype == "float64" else contextlib.nullcontext():
         words = library.to(codebook)
         state, moved = dq.ema_update(dq.ema_init(words), words, library.to(z), library.to(np.zeros(50, int)))
         moved, means = library.back(moved), library.back(state.means)
-    np.testing.assert_allclose(moved[0], z[0], rtol=8 * np.finfo(dtype).eps)
+    # Fifty differences of twice the size are added.
+    np.testing.assert_allclose(moved[0], z[0], rtol=100 * np.finfo(dtype).eps)
     np.testing.assert_array_equal(moved[1], codebook[1])
     np.testing.assert_array_equal(moved, means)
 
@@ -103,11 +105,11 @@ def test_replacements_at_the_ends_of_the_range(dtype: str, size: float, by_batch
     )
     assert replaced.rows.tolist() == [False] * 4 + [True] * 2
     assert np.isfinite(replaced.codebook).all()
-    assert len(np.unique(replaced.codebook[[0, 1, 2, 3, 4, 5]][4:], axis=0)) == 2
+    assert len(np.unique(replaced.codebook[4:], axis=0)) == 2
     wide = np.abs(replaced.codebook.astype("longdouble"))
     # A thousandth of the spread, at four standard deviations, or some units of the smallest numbers.
     tiny = np.finfo(dtype).smallest_subnormal.astype("longdouble")
-    np.testing.assert_allclose(wide, np.abs(codebook.astype("longdouble")), rtol=1e-2, atol=float(0) + 10 * tiny)
+    np.testing.assert_allclose(wide, np.abs(codebook.astype("longdouble")), rtol=1e-2, atol=10 * tiny)
 
 
 def test_a_curve_through_the_largest_numbers() -> None:
@@ -126,7 +128,7 @@ def test_the_derivative_of_a_direction_at_every_length() -> None:
         np.testing.assert_allclose(np.ldexp(g_x, a - b), expected, rtol=1e-12, atol=1e-13)
     # Its length is beyond the largest number, and below the normal ones.
     g_x = dq.normalize_vjp(np.full((1, 2), 1.7e308))[1](np.array([[1e300, 0.0]]))
-    np.testing.assert_allclose(g_x, np.array([[1.0, -1.0]]) * (0.5e300 / (1.7e308 * np.sqrt(2))), rtol=1e-12)
+    np.testing.assert_allclose(g_x, np.array([[1.0, -1.0]]) * (0.5e300 / 1.7e308 / np.sqrt(2)), rtol=1e-12)
     g_x = dq.normalize_vjp(np.array([[0.0, 1e-310]]))[1](np.array([[1e-20, 0.0]]))
     np.testing.assert_allclose(g_x, [[1e290, 0.0]], rtol=1e-12)
 
@@ -140,7 +142,7 @@ def scaled_inputs(name: str, dtype: str, scale: float) -> list[np.ndarray]:
     vectors = {"linear_codebook_init": 1, "kmeans": 1, "kmeans_plus_plus": 1, "curve_init": 1}.get(name)
     count = 2 if isinstance(ROWS[name], Estimation) or name.startswith("gumbel") else vectors or len(inputs)
     return [
-        (x * scale if position < count else x).astype(dtype) if x.dtype.kind == "f" else x
+        x.astype(dtype) * (scale if position < count else 1) if x.dtype.kind == "f" else x
         for position, x in enumerate(inputs)
     ]
 
@@ -150,15 +152,11 @@ def scaled_inputs(name: str, dtype: str, scale: float) -> list[np.ndarray]:
 def test_nothing_is_raised_for_overflow_or_underflow(name: str, dtype: str) -> None:
     row = ROWS[name]
     for scale in SCALES[dtype]:
-        # Past the largest number only where the numbers themselves are.
-        with np.errstate(all="ignore"):
-            inputs = [np.clip(x, -1.7 * scale, 1.7 * scale) if x.dtype.kind == "f" and scale > 1e37 else x
-                      for x in scaled_inputs(name, dtype, min(scale, 1e307))]
+        inputs = scaled_inputs(name, dtype, scale)
         with np.errstate(all="raise"), warnings.catch_warnings():
             warnings.simplefilter("error")
             outs = listed(row.forward(*inputs))
             if row.vjp is not None:
-                *_, pullback = row.vjp(*inputs)
                 *primal, pullback = row.vjp(*inputs)
                 outs += listed(pullback(primal[0].z_q if hasattr(primal[0], "z_q") else primal[0]))
             if row.jvp is not None:
@@ -184,10 +182,6 @@ def test_overflow_shows_in_the_result() -> None:
 
 
 # Memory of its own
-
-
-def memory(x: object) -> object:
-    return x.untyped_storage().data_ptr() if hasattr(x, "untyped_storage") else x
 
 
 def share(a: object, b: object) -> bool:
@@ -230,9 +224,9 @@ def test_both_of_a_new_state_can_be_donated() -> None:
     import jax
 
     codebook = jax.numpy.asarray(normal(K, D), "float32")
-    step = jax.jit(lambda state, words: (state.means + words, state.counts), donate_argnums=(0, 1))
-    doubled, _ = step(dq.ema_init(codebook), codebook)
-    assert doubled.shape == (K, D)
+    step = jax.jit(lambda state, words: (state.means + words, 3 * words, state.counts), donate_argnums=(0, 1))
+    doubled, _, _ = step(dq.ema_init(codebook), codebook + 0)
+    np.testing.assert_array_equal(doubled, 2 * codebook)
 
 
 # Sums over ranks
@@ -278,7 +272,8 @@ def everything(library: Library, rank: int, all_reduce, seed: int | None = None)
     found = dq.kmeans(z, codebook, iterations=2, **options)
     seeds = dq.kmeans_plus_plus(z, K, **draws(K, 3, 2), **options)
     curve = dq.curve_init(z, K, iterations=2, **draws(K, 3, 2), **options)
-    return arguments, [*later, moved, by_use.codebook, *by_use.state, by_batch.codebook, found[0], found[2], seeds, curve]
+    replaced = [by_use.codebook, *by_use.state, by_batch.codebook]
+    return arguments, [*later, moved, *replaced, found.codebook, found.inertia, seeds, curve]
 
 
 @pytest.mark.parametrize("name", ["numpy", "torch"])
@@ -322,6 +317,15 @@ def test_what_ranks_agree_on_is_standard_normal(count: int, alike: bool) -> None
         np.testing.assert_allclose(ranks[0], alone, rtol=1e-12)
 
 
+def told(work) -> str:
+    """What a rank is told; nothing if all is well."""
+    try:
+        work()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def test_ranks_that_differ_are_told_so(library: Library) -> None:
     in_threads(library)
     codebook, counts = normal(K, D).astype(np.float32), np.array([3, 1, 0, 2, 0, 0], np.float32)
@@ -332,21 +336,22 @@ def test_ranks_that_differ_are_told_so(library: Library) -> None:
             options = {name: values[rank] for name, values in differs.items() if name != "codebook"}
             words = codebook * (1 + rank * 1e-4) if "codebook" in differs else codebook
             arrays = [library.to(x) for x in (words.astype(np.float32), counts, noise)]
-            return dq.replace_unused(*arrays[:2], noise=arrays[2], all_reduce=all_reduce, **options)
+            return told(lambda: dq.replace_unused(*arrays[:2], noise=arrays[2], all_reduce=all_reduce, **options))
 
         return Simulated(2).run(work)
 
-    run()
+    assert run() == ["", ""]
     for differs in ({"threshold": (0.0, 0.5)}, {"jitter": (0.1, 0.2)}, {"codebook": None}):
-        with pytest.raises(ValueError, match="codebook, threshold and jitter must be the same on all ranks"):
-            run(**differs)
+        for text in run(**differs):
+            assert text.startswith("replace_unused: codebook, threshold and jitter must be the same on all ranks")
 
     def cluster(rank, all_reduce):
         z = library.to(normal(N, D).astype(np.float32))
-        return dq.kmeans(z, library.to(normal(K, D, seed=rank).astype(np.float32)), all_reduce=all_reduce)
+        begin = library.to(normal(K, D, seed=rank).astype(np.float32))
+        return told(lambda: dq.kmeans(z, begin, all_reduce=all_reduce))
 
-    with pytest.raises(ValueError, match="^kmeans: iterations and the codebook to begin with must be the same"):
-        Simulated(2).run(cluster)
+    for text in Simulated(2).run(cluster):
+        assert text.startswith("kmeans: iterations and the codebook to begin with must be the same on all ranks")
 
 
 def test_a_wrong_sum_is_refused() -> None:
@@ -356,7 +361,7 @@ def test_a_wrong_sum_is_refused() -> None:
         (lambda x: None, "got None; one that sums in place must return its argument"),
         (lambda x: x.astype("f4"), r"got float32 \(6, 5\)"),
         (lambda x: x[:1], r"got float64 \(1, 5\)"),
-        (lambda x: x * np.nan, "must return sums of what it is given, got NaN"),
+        (lambda x: x * np.nan, "sums of what it is given, got NaN"),
     ]:
         with pytest.raises(ValueError, match=f"^ema_update: all_reduce must return .*{text}"):
             dq.ema_update(state, codebook, z, indices, all_reduce=wrong)
@@ -427,7 +432,8 @@ def test_counts_may_be_integers(library: Library) -> None:
 
 def test_an_infinite_count_is_a_used_codeword(library: Library) -> None:
     counts = library.to(np.array([np.inf, 1, 0, 2, 0, 5], np.float32))
-    replaced = dq.replace_unused(library.to(normal(K, D).astype("f4")), counts, noise=library.to(normal(K, 6).astype("f4")))
+    codebook, noise = (library.to(normal(K, width).astype("f4")) for width in (D, D + 2))
+    replaced = dq.replace_unused(codebook, counts, noise=noise)
     assert library.back(replaced.rows).tolist() == [False, False, True, False, True, False]
 
 
