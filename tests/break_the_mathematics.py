@@ -878,7 +878,7 @@ MUTANTS = (
         CODEBOOK,
         "used & xp.all(xp.isfinite(rounded), axis=1)",
         "used",
-        "test_codebook.py never_written and numpy",
+        "test_upkeep.py beyond_its_dtype",
     ),
     Mutant(
         "EMA: the state is rounded to 16 bits",
@@ -1035,7 +1035,7 @@ MUTANTS = (
         SPREAD,
         "one * reach**-2, xp.where(",
         "one, xp.where(",
-        "test_upkeep.py kmeans_of_the_largest and numpy",
+        "test_upkeep.py differences_overflow and torch",
     ),
     Mutant(
         "spread: small vectors as they are",

@@ -47,9 +47,18 @@ def test_kmeans_of_the_largest_numbers(library: Library, dtype: str, value: floa
     assert inertia == (pytest.approx(0.025 * value * value, rel=1e-2) if dtype == "float16" else np.inf)
 
 
-@pytest.mark.parametrize("exponent", [-1070, -1000, 0, 1000])
+def test_kmeans_of_numbers_whose_differences_overflow(library: Library) -> None:
+    z = np.array([[3.3e38], [3.3e38], [3.2e38], [3.2e38], [-3.3e38]], np.float32)
+    with np.errstate(over="ignore"):
+        found = dq.kmeans(library.to(z), library.to(z[2:]))
+    # Its own codeword stays empty: the first three vectors and the fourth share one.
+    np.testing.assert_allclose(np.sort(np.unique(library.back(found.codebook)))[[0, -1]], [-3.3e38, 3.3e38], rtol=0.03)
+    assert (library.back(found.codebook)[library.back(found.indices)][:, 0] * z[:, 0].astype("f8") > 0).all()
+
+
+@pytest.mark.parametrize("exponent", [-1074, -1000, 0, 1000])
 def test_kmeans_is_the_same_at_every_scale(exponent: int) -> None:
-    z = np.round(bounded(N) * 4096) * 2.0**-12
+    z = np.round(bounded(400) * 4096) * 2.0**-12
     noise = normal(K, 3, 2)
     expected = dq.kmeans(z, K, noise=noise)
     # Whole numbers of a power of two, so that nothing is rounded on the way down either.
@@ -89,6 +98,13 @@ def test_vectors_far_beyond_the_codebook_move_it() -> None:
         words = np.full((1, 2), value, np.float32)
         _, moved = dq.ema_update(dq.ema_init(words), words, z, np.zeros(50, int))
         np.testing.assert_allclose(moved, z[:1], rtol=1e-6)
+
+
+def test_a_mean_beyond_its_dtype_is_not_written() -> None:
+    codebook, z = np.ones((2, 2), np.float16), np.full((4, 2), 1e5, np.float32)
+    state, moved = dq.ema_update(dq.ema_init(codebook), codebook, z, np.zeros(4, int))
+    np.testing.assert_array_equal(moved, codebook)
+    np.testing.assert_array_equal(state.means, codebook)
 
 
 @pytest.mark.parametrize("by_batch", [False, True])
@@ -236,6 +252,9 @@ def in_place(all_reduce):
     """The same sum, into its argument, as torch.distributed and MPI do it."""
 
     def reduce(x):
+        if isinstance(x, np.generic):
+            # Nothing to write to.
+            return all_reduce(x)
         x[...] = all_reduce(x + 0)
         return x
 
