@@ -273,25 +273,27 @@ class _Frame:
         trials = 2 + int(math.log(count))
         positions = uniform(lib, drawn_noise(self.ranks, y, (count, trials, 2), noise, rng))
         rounding = 8 * float(xp.finfo(y.dtype).eps)
+        squares = lib.by_rows(lambda y: lib.dot(y, y)[:, 0], y)
 
         def nearer(seeds: Array, closest: Array) -> tuple[Array, Array]:
             """Squared distances to the nearest so far or each seed, (N, T), and their sums (T,).
 
             0 where rounding hides them, so that no vector is drawn twice.
             """
-            own, columns = lib.dot(seeds, seeds)[:, 0][None, :], xp.permute_dims(seeds, (1, 0))
+            own = lib.dot(seeds, seeds)
             sums = xp.zeros((seeds.shape[0],), dtype=y.dtype, **lib.place(y))
 
-            def rows(y: Array, closest: Array, valid: Array) -> Array:
+            def rows(y: Array, squares: Array, closest: Array, valid: Array) -> Array:
                 nonlocal sums
-                size = own + lib.dot(y, y)
-                d = size - 2 * lib.matmul(y, columns)
-                d = xp.where((d > rounding * size) & valid[:, None], d, xp.zeros_like(d))
-                left = xp.minimum(d, closest[:, None])
-                sums = sums + xp.sum(left, axis=0)
-                return left
+                # Seeds first: the long axis is the one that libraries add up fast.
+                size = own + squares[None, :]
+                d = size - 2 * lib.matmul(seeds, xp.permute_dims(y, (1, 0)))
+                d = xp.where((d > rounding * size) & valid[None, :], d, xp.zeros_like(d))
+                left = xp.minimum(d, closest[None, :])
+                sums = sums + xp.sum(left, axis=1)
+                return xp.permute_dims(left, (1, 0))
 
-            return lib.by_rows(rows, y, closest, self.valid), self.ranks.sum(sums)
+            return lib.by_rows(rows, y, squares, closest, self.valid), self.ranks.sum(sums)
 
         first = self.ranks.draw(y, self.weights, positions[0, :1])
         left, inertias = nearer(first, xp.full_like(self.weights, float("inf")))
