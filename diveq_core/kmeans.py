@@ -177,10 +177,7 @@ def kmeans(
 
 
 class _Frame:
-    r"""The vectors, (N, D), with zero mean and order one; what is not finite is zero and not ``valid``.
-
-    .. math:: y = (\text{scale} \cdot z - \text{mean}) / \text{size}
-    """
+    """The vectors, (N, D), with zero mean and order one; what is not finite is zero and not ``valid``."""
 
     def __init__(self, function: str, z: Array, all_reduce: Callable[[Array], Array] | None) -> None:
         self.lib = lib = backend_of(function, z=z)
@@ -276,10 +273,7 @@ class _Frame:
         squares = lib.by_rows(lambda y: lib.dot(y, y)[:, 0], y)
 
         def nearer(seeds: Array, closest: Array) -> tuple[Array, Array]:
-            """Squared distances to the nearest so far or each seed, (N, T), and their sums (T,).
-
-            0 where rounding hides them, so that no vector is drawn twice.
-            """
+            """Squared distance to the nearest so far or each seed, (N, T), 0 where rounding hides it; sums (T,)."""
             own = lib.dot(seeds, seeds)
             sums = xp.zeros((seeds.shape[0],), dtype=y.dtype, **lib.place(y))
 

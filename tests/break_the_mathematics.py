@@ -1007,7 +1007,7 @@ MUTANTS = (
         RANKS,
         "self.all_reduce(lib.copy(x))",
         "self.all_reduce(x)",
-        "test_upkeep.py writes_to_no_argument and numpy",
+        "test_upkeep.py sum_is_given_a_copy and numpy",
     ),
     Mutant(
         "ranks: each keeps its own noise",

@@ -12,6 +12,8 @@ import pytest
 import diveq_core as dq
 from capability_rows import OTHERS, ROWS, Estimation, listed
 from conftest import Library, float64_in, library_named
+from diveq_core.ranks import Ranks
+from diveq_core.registry import backend_of
 from ranks import Simulated, in_threads
 
 K, D, N = 6, 4, 40
@@ -306,6 +308,20 @@ def test_a_sum_in_place_writes_to_no_argument(name: str) -> None:
             np.testing.assert_array_equal(library.back(x), y)
         for x, y in zip(outs, expected, strict=True):
             np.testing.assert_array_equal(library.back(x), library.back(y))
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_sum_is_given_a_copy(name: str) -> None:
+    library = library_named(name)
+    x = library.to(np.arange(3.0)) * 1
+
+    def double(x):
+        x *= 2
+        return x
+
+    total = Ranks(backend_of("test", x=x), "test", double).sum(x)
+    np.testing.assert_array_equal(library.back(x), [0, 1, 2])
+    np.testing.assert_array_equal(library.back(total), [0, 2, 4])
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (3, 3)])
