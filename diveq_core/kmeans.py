@@ -172,7 +172,6 @@ def kmeans(
         begin = lib.astype(begin, z.dtype)
         kept = xp.all((e == first) & xp.isfinite(begin), axis=1, keepdims=True)
         found = xp.where(kept, begin, found)
-    # One factor after the other, each of which leaves 0 as it is.
     return KMeans(found, shaped, inertia * frame.size * frame.size * frame.inverse * frame.inverse)
 
 
