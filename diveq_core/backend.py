@@ -94,6 +94,10 @@ class Backend:
         """``x`` in ``dtype``, without a copy where it has it already."""
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
 
+    def copy(self, x: Array) -> Array:
+        """``x`` in memory of its own."""
+        return self.xp.asarray(x, copy=True)
+
     def place(self, x: Array) -> dict[str, Any]:
         """Keyword arguments that make a creation function put its array where ``x`` is."""
         device = getattr(x, "device", None)
@@ -112,6 +116,13 @@ class Backend:
     def records(self, *arrays: Array) -> bool:
         """Whether derivatives of what is computed from the arrays may be asked for."""
         return False
+
+    def quiet(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` by this library's own handling of overflow and underflow, whatever its user has set.
+
+        Here the function itself, for a library that has no such setting.
+        """
+        return function
 
     # What the standard lacks, or a library does better
 
@@ -182,12 +193,16 @@ class Backend:
     def searchsorted(self, sorted_: Array, values: Array, *, side: str = "left") -> Array:
         """How many of the sorted numbers (N,) are below each value (M,); of the right side, or equal to it."""
         xp = self.xp
-        if hasattr(xp, "searchsorted"):  # of the standard since 2023.12
+        if self._has("searchsorted"):
             return xp.searchsorted(sorted_, values, side=side)
         below = xp.less if side == "left" else xp.less_equal
         index = self.as_indices(xp.asarray([0], **self.place(values))).dtype
         count = lambda y: xp.sum(xp.astype(below(sorted_[None, :], y[:, None]), index), axis=1)  # noqa: E731
         return self._by_pairs(count, values, sorted_)
+
+    def _has(self, name: str) -> bool:
+        """Whether the library has a function of the standard since 2023.12."""
+        return hasattr(self.xp, name) and getattr(self.xp, "__array_api_version__", "2023.12") >= "2023.12"
 
     def _by_pairs(self, function: Callable[[Array], Array], x: Array, others: Array) -> Array:
         """``function`` of a few of ``x`` (N,) at a time, since it compares each with all the others."""
@@ -198,7 +213,7 @@ class Backend:
     def cumulative_sum(self, x: Array) -> Array:
         """Sums of the first numbers, (N,)."""
         xp = self.xp
-        if hasattr(xp, "cumulative_sum"):  # of the standard since 2023.12
+        if self._has("cumulative_sum"):
             return xp.cumulative_sum(x)
         # Each step doubles how many numbers a sum has.
         reach = 1

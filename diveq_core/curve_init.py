@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diveq_core.checks import checked_count
 from diveq_core.kmeans import kmeans
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 from diveq_core.search import frame, framed
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diveq_core.backend import Backend
 
 
+@quiet
 def curve_init(
     z: Array,
     count: int,

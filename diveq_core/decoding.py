@@ -9,7 +9,7 @@ from diveq_core._array import describe
 from diveq_core.call import check_estimator
 from diveq_core.checks import check_codebook, check_floating, checked_indices
 from diveq_core.compose import Composite
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 from diveq_core.space_filling import SpaceFilling
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diveq_core.estimators import Estimator
 
 
+@quiet
 def lookup(indices: Array, codebook: Array, /) -> Array:
     r"""Codewords of given indices.
 
@@ -53,6 +54,7 @@ def lookup(indices: Array, codebook: Array, /) -> Array:
     return _rows_of("lookup", lib, indices, codebook)
 
 
+@quiet
 def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /) -> Array:
     r"""Vectors from indices: what a hard estimator's `quantize` gave, exactly.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from diveq_core.checks import check_floating, check_shape, checked_count, checked_indices, flat_rows
 from diveq_core.estimators import Radial
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from diveq_core.radius import Radius
 
 
+# Indices that are counted in one sum, in float32.
+_COUNTED_AT_ONCE = 1 << 20
+
+
+@quiet
 def coefficient(g: Array, z: Array, q: Array, /) -> Array:
     r"""Coefficient of the radial term, per vector: the first-order price of quantizing it.
 
@@ -58,6 +63,7 @@ def coefficient(g: Array, z: Array, q: Array, /) -> Array:
     return lib.astype(_price(lib, g, z, q), lib.result_dtype(z, q))
 
 
+@quiet
 def positive_share(g: Array, z: Array, q: Array, /) -> Array:
     r"""Share of vectors that the radial term pulls towards their codeword.
 
@@ -92,6 +98,7 @@ def positive_share(g: Array, z: Array, q: Array, /) -> Array:
     return lib.xp.sum(lib.astype(c > 0, c.dtype)) / (math.prod(c.shape) or math.nan)
 
 
+@quiet
 def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Array, Array], Array], /) -> Array:
     r"""Auxiliary loss whose gradient, added to straight-through, is the radial estimator's.
 
@@ -129,6 +136,7 @@ def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Arr
     return lib.xp.sum(stopped * Radial(radius).radius.log(lib, rows[2], rows[1]))
 
 
+@quiet
 def usage(indices: Array, count: int, /) -> Array:
     r"""How many vectors chose each codeword.
 
@@ -144,7 +152,7 @@ def usage(indices: Array, count: int, /) -> Array:
     Returns
     -------
     array (K,)
-        Whole numbers in float32, exact up to 2^24 vectors.
+        Whole numbers in float32, counted exactly and rounded above 2^24.
 
     Raises
     ------
@@ -164,10 +172,21 @@ def usage(indices: Array, count: int, /) -> Array:
     count = checked_count("usage", "count", count)
     indices = checked_indices(lib, "usage", indices, count, bound="count")
     flat = lib.xp.reshape(indices, (math.prod(indices.shape),))
-    ones = lib.xp.ones((flat.shape[0], 1), dtype=lib.xp.float32, **lib.place(indices))
-    return lib.segment_sum(ones, flat, count)[:, 0]
+    if flat.shape[0] <= _COUNTED_AT_ONCE:
+        return _counted(lib, flat, count)
+    # Sums of ones in float32 end at 2^24; the sum of these sums in integers does not.
+    total = lib.xp.zeros((count,), dtype=flat.dtype, **lib.place(flat))
+    for start in range(0, flat.shape[0], _COUNTED_AT_ONCE):
+        total = total + lib.astype(_counted(lib, flat[start : start + _COUNTED_AT_ONCE], count), flat.dtype)
+    return lib.astype(total, lib.xp.float32)
 
 
+def _counted(lib: Backend, indices: Array, count: int) -> Array:
+    ones = lib.xp.ones((indices.shape[0], 1), dtype=lib.xp.float32, **lib.place(indices))
+    return lib.segment_sum(ones, indices, count)[:, 0]
+
+
+@quiet
 def perplexity(counts: Array, /) -> Array:
     r"""Effective number of codewords in use.
 
@@ -206,6 +225,7 @@ def perplexity(counts: Array, /) -> Array:
     return xp.exp(-xp.sum(p * xp.log(xp.where(p == 0, xp.ones_like(p), p))))
 
 
+@quiet
 def used_share(counts: Array, /) -> Array:
     r"""Share of codewords that were chosen at least once.
 

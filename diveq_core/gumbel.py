@@ -9,7 +9,7 @@ from diveq_core._array import check_option, describe
 from diveq_core.call import Quantized
 from diveq_core.checks import check_codebook, check_floating, check_like, flat_rows, refuse_not_finite
 from diveq_core.gumbel_rule import GumbelRule, standard_gumbel
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,7 @@ class GumbelST:
         check_option(self, "temperature", above=0.0)
 
 
+@quiet
 def gumbel_quantize(
     logits: Array,
     codebook: Array,
@@ -100,6 +101,7 @@ def gumbel_quantize(
     return call.quantized(call.lib.bind(call.rule, call.logits, codebook, call.indices, call.noise))
 
 
+@quiet
 def gumbel_vjp(
     logits: Array,
     codebook: Array,
@@ -157,6 +159,7 @@ def gumbel_vjp(
     return out, pullback
 
 
+@quiet
 def gumbel_jvp(
     logits: Array,
     codebook: Array,

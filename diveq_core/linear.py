@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diveq_core.checks import check_codebook, check_floating, check_like, check_shape, check_vectors, checked_count
-from diveq_core.ranks import drawn_noise
-from diveq_core.registry import backend_of
+from diveq_core.ranks import Ranks, drawn_noise
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +28,7 @@ class LinearCodebook(NamedTuple):
     """W, (D, D), which is."""
 
 
+@quiet
 def linear_codebook_init(like: Array, count: int, /, *, noise: Array | None = None, rng: Any = None) -> LinearCodebook:
     r"""Random frozen codewords and the identity.
 
@@ -72,11 +73,13 @@ def linear_codebook_init(like: Array, count: int, /, *, noise: Array | None = No
     check_vectors("linear_codebook_init", "like", like)
     count = checked_count("linear_codebook_init", "count", count)
     width = like.shape[-1]
-    noise = drawn_noise(lib, "linear_codebook_init", like, (count, width), noise, rng)
+    alone = Ranks(lib, "linear_codebook_init", None)
+    noise = drawn_noise(alone, like, (count, width), noise, rng)
     identity = lib.xp.eye(width, dtype=noise.dtype, **lib.place(like))
     return LinearCodebook(lib.astype(noise * width**-0.5, like.dtype), lib.astype(identity, like.dtype))
 
 
+@quiet
 def linear_codebook(frozen: Array, weight: Array, /) -> Array:
     r"""The codebook of the two factors; differentiable in libraries that differentiate.
 
@@ -110,6 +113,7 @@ def linear_codebook(frozen: Array, weight: Array, /) -> Array:
     return _product(lib, frozen, weight)
 
 
+@quiet
 def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
     r"""The codebook and its pullback; works in every library.
 
@@ -152,6 +156,7 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
     return _product(lib, frozen, weight), pullback
 
 
+@quiet
 def linear_codebook_jvp(frozen: Array, weight: Array, dfrozen: Array, dweight: Array, /) -> tuple[Array, Array]:
     r"""The codebook and its tangent; works in every library.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diveq_core._array import one_where
 from diveq_core.checks import check_like, check_pair, check_shape, checked_indices, flat_rows
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diveq_core._array import Array
 
 
+@quiet
 def codebook_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array | None = None) -> Array:
     r"""Codebook loss, which moves codewords to the vectors that chose them and leaves the vectors alone.
 
@@ -74,6 +75,7 @@ def codebook_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array |
     return call.value(call.lib.stop_gradient(z), codebook)
 
 
+@quiet
 def commitment_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array | None = None) -> Array:
     r"""Commitment loss, which moves vectors to their codewords and leaves the codewords alone.
 
@@ -113,6 +115,7 @@ def commitment_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array
     return call.value(z, call.lib.stop_gradient(codebook))
 
 
+@quiet
 def codebook_loss_vjp(
     z: Array, codebook: Array, indices: Array, /, *, mask: Array | None = None
 ) -> tuple[Array, Callable[[Array], Array]]:
@@ -155,6 +158,7 @@ def codebook_loss_vjp(
     return loss, pullback
 
 
+@quiet
 def commitment_loss_vjp(
     z: Array, codebook: Array, indices: Array, /, *, mask: Array | None = None
 ) -> tuple[Array, Callable[[Array], Array]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from diveq_core.call import Call, Quantized
 from diveq_core.checks import check_like, check_pair, flat_rows, refuse_not_finite
 from diveq_core.compose import Composite
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diveq_core.estimators import Estimator
 
 
+@quiet
 def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Array:
     r"""Index of the nearest codeword; ties go to the lowest index.
 
@@ -64,6 +65,7 @@ def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     return lib.xp.reshape(lib.search(flat_rows(lib, z), codebook), tuple(z.shape[:-1]))
 
 
+@quiet
 def quantize(
     z: Array,
     codebook: Array,
@@ -128,6 +130,7 @@ def quantize(
     return call.quantized(z_q)
 
 
+@quiet
 def vjp(
     z: Array,
     codebook: Array,
@@ -197,6 +200,7 @@ def vjp(
     return out, pullback
 
 
+@quiet
 def jvp(
     z: Array,
     codebook: Array,

@@ -98,6 +98,7 @@ FSQ_RULE, GUMBEL_RULE = (f"diveq_core/{name}.py" for name in ("fsq_rule", "gumbe
 CUSTOM_RADIUS = "diveq_core/custom_radius.py"
 LOSSES, CODEBOOK, LINEAR = (f"diveq_core/{name}.py" for name in ("losses", "codebook", "linear"))
 COMPOSE, REPLACEMENT = "diveq_core/compose.py", "diveq_core/replacement.py"
+RANKS, SPREAD = "diveq_core/ranks.py", "diveq_core/spread.py"
 KMEANS, COSINE, DIAGNOSTICS = (f"diveq_core/{name}.py" for name in ("kmeans", "cosine", "diagnostics"))
 SEARCH, NUMPY_SEARCH, TORCH_SEARCH = (
     "diveq_core/search.py",
@@ -847,8 +848,8 @@ MUTANTS = (
     Mutant(
         "EMA: decay exchanged",
         CODEBOOK,
-        "decay * state.counts + (1 - decay) * c",
-        "(1 - decay) * state.counts + decay * c",
+        "decay * old + (1 - decay) * xp.where",
+        "(1 - decay) * old + decay * xp.where",
         "test_codebook.py sums_over_counts and numpy",
     ),
     Mutant(
@@ -877,7 +878,7 @@ MUTANTS = (
         CODEBOOK,
         "used & xp.all(xp.isfinite(rounded), axis=1)",
         "used",
-        "test_codebook.py never_written and numpy",
+        "test_upkeep.py beyond_its_dtype",
     ),
     Mutant(
         "EMA: the state is rounded to 16 bits",
@@ -889,8 +890,8 @@ MUTANTS = (
     Mutant(
         "EMA: each rank by itself",
         CODEBOOK,
-        "total = ranks.sum(lib.segment_sum(counted, segments, codebook.shape[0]))",
-        "total = lib.segment_sum(counted, segments, codebook.shape[0])",
+        "    total = ranks.sum(total)",
+        "    total = total + 0",
         "test_codebook.py ranks_move and numpy",
     ),
     Mutant(
@@ -917,8 +918,8 @@ MUTANTS = (
     Mutant(
         "replacement: used codewords alike",
         REPLACEMENT,
-        "weights = xp.where(unused, xp.zeros_like(n), n)",
-        "weights = xp.where(unused, xp.zeros_like(n), xp.ones_like(n))",
+        "words, xp.where(unused, xp.zeros_like(n), n)",
+        "words, xp.where(unused, xp.zeros_like(n), xp.ones_like(n))",
         "test_codebook.py in_proportion",
     ),
     Mutant(
@@ -969,8 +970,8 @@ MUTANTS = (
     Mutant(
         "k-means++: drawn in proportion to the distance",
         KMEANS,
-        "closest[0, :], self.weights)",
-        "closest[0, :] ** 0.5, self.weights)",
+        "inertia > 0, closest, self.weights)",
+        "inertia > 0, closest**0.5, self.weights)",
         "test_kmeans.py plus_plus_by_definition",
     ),
     Mutant(
@@ -990,7 +991,7 @@ MUTANTS = (
     Mutant(
         "normalize: the length lost",
         COSINE,
-        "u) * u) * safe_inverse(lib, rho)",
+        "u) * u) / one_where(lib, rho == 0, rho)",
         "u) * u)",
         "test_linear.py pullback_of_normalize and numpy",
     ),
@@ -1000,6 +1001,97 @@ MUTANTS = (
         "xp.astype(rho == 0, rho.dtype)",
         "xp.astype(rho < 0, rho.dtype)",
         "test_linear.py zeros_have and numpy",
+    ),
+    Mutant(
+        "ranks: the sum is given the caller's array",
+        RANKS,
+        "self.all_reduce(lib.copy(x))",
+        "self.all_reduce(x)",
+        "test_upkeep.py sum_is_given_a_copy and numpy",
+    ),
+    Mutant(
+        "ranks: each keeps its own noise",
+        RANKS,
+        "return ranks.agreed(lib.standard_normal(function, zeros, rng))",
+        "return lib.standard_normal(function, zeros, rng)",
+        "test_upkeep.py any_seed and numpy",
+    ),
+    Mutant(
+        "ranks: noise as long as that of all",
+        RANKS,
+        "total[:-2], total[-2] / total[-1]",
+        "total[:-2], total[-2]",
+        "test_upkeep.py agree_on_is_standard_normal",
+    ),
+    Mutant(
+        "ranks: differences go unseen",
+        RANKS,
+        "differs = xp.any(xp.abs(own - mean) > rounding)",
+        "differs = xp.any(xp.abs(own - own) > rounding)",
+        "test_upkeep.py told_so and numpy",
+    ),
+    Mutant(
+        "spread: large vectors as they are",
+        SPREAD,
+        "one * reach**-2, xp.where(",
+        "one, xp.where(",
+        "test_upkeep.py differences_overflow and torch",
+    ),
+    Mutant(
+        "spread: small vectors as they are",
+        SPREAD,
+        "one, one * reach**2))",
+        "one, one))",
+        "test_upkeep.py kmeans_is_the_same_at_every_scale",
+    ),
+    Mutant(
+        "k-means: a codeword that stays is rounded",
+        KMEANS,
+        "found = xp.where(kept, begin, found)",
+        "found = xp.where(kept, found, found)",
+        "test_upkeep.py does_not_move and numpy",
+    ),
+    Mutant(
+        "EMA: large differences as they are",
+        CODEBOOK,
+        "largest > reach, one * reach**-2, one",
+        "largest > reach, one, one",
+        "test_upkeep.py averages_of_the_largest and numpy",
+    ),
+    Mutant(
+        "EMA: the state is the codebook",
+        CODEBOOK,
+        "lib.copy(lib.stop_gradient(codebook))",
+        "lib.stop_gradient(codebook)",
+        "test_upkeep.py changes_nothing and numpy",
+    ),
+    Mutant(
+        "replacement: next to the largest number there is no room",
+        REPLACEMENT,
+        "xp.where(xp.isfinite(new), new, other)",
+        "xp.where(xp.isfinite(new), new, new)",
+        "test_upkeep.py ends_of_the_range",
+    ),
+    Mutant(
+        "normalize: half of the scale",
+        COSINE,
+        "across * half * half",
+        "across * half",
+        "test_upkeep.py derivative_of_a_direction",
+    ),
+    Mutant(
+        "usage: one sum of ones",
+        DIAGNOSTICS,
+        "flat.shape[0] <= _COUNTED_AT_ONCE",
+        "flat.shape[0] > 0",
+        "test_upkeep.py beyond_the_whole",
+    ),
+    Mutant(
+        "NumPy: underflow is raised",
+        NUMPY,
+        'with np.errstate(all="ignore"):',
+        'with np.errstate(over="ignore", invalid="ignore"):',
+        "test_upkeep.py nothing_is_raised and GumbelST",
     ),
     Mutant(
         "coefficient: z added",

@@ -33,6 +33,10 @@ class JaxBackend(Backend):
     def is_concrete(self, x: jax.Array) -> bool:
         return not isinstance(x, jax.core.Tracer)
 
+    def copy(self, x: jax.Array) -> jax.Array:
+        # Also of what cannot change: a buffer can be donated.
+        return jnp.array(x, copy=True)
+
     def place(self, x: jax.Array) -> dict[str, Any]:
         return {}
 

@@ -37,9 +37,21 @@ class NumPyBackend(Backend):
 
     def compute_dtype(self, dtype: Any) -> Any:
         # Also of another byte order than the machine's.
+        dtype = np.dtype(dtype)
         if dtype.type is np.longdouble:
             return np.dtype(np.longdouble)
         return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+
+    def copy(self, x: np.ndarray) -> np.ndarray:
+        return np.array(x, order="C")
+
+    def quiet(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # Underflow on the way is harmless, and overflow shows in the result.
+        def call(*args: Any, **options: Any) -> Any:
+            with np.errstate(all="ignore"):
+                return function(*args, **options)
+
+        return call
 
     def standard_normal(self, function: str, z: np.ndarray, rng: Any) -> np.ndarray:
         if rng is None:

@@ -67,6 +67,10 @@ class TorchBackend(Backend):
     def astype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)
 
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        # Contiguous, as collectives ask.
+        return x.clone(memory_format=torch.contiguous_format)
+
     def like(self, values: Any, x: torch.Tensor) -> torch.Tensor:
         # The sum is a copy that may be written to, without which torch warns.
         return torch.as_tensor(values + 0, dtype=x.dtype, device=x.device)
