@@ -27,6 +27,7 @@ class FSQRule:
     levels: tuple[int, ...]
     constant = False
     trains_codebook = False
+    noise_by_indices = False
 
     def fixed(self, grid: Array, digits: Array) -> tuple[Array, Array]:
         return grid, digits

@@ -26,6 +26,7 @@ class GumbelRule:
     estimator: GumbelST
     constant = False
     trains_codebook = True
+    noise_by_indices = False
 
     def fixed(self, codebook: Array, indices: Array) -> tuple[Array, Array]:
         return self.lib.snapshot(codebook), indices

@@ -32,6 +32,10 @@ class Bindable(Protocol):
     def trains_codebook(self) -> bool:
         """Whether the second argument gets a gradient; if not, its cotangent is None."""
 
+    @property
+    def noise_by_indices(self) -> bool:
+        """Whether the noise is the rule's own, chosen by the indices."""
+
     def fixed(self, codebook: Array, indices: Array) -> tuple[Array, Array | None]:
         """What may stand for both where the second gets no gradient, apart from it in memory."""
 
@@ -71,6 +75,10 @@ class Rule:
     @property
     def trains_codebook(self) -> bool:
         return self.estimator.trains_codebook
+
+    @property
+    def noise_by_indices(self) -> bool:
+        return False
 
     def gathered(self, codebook: Array, indices: Array) -> Array:
         """What the estimator reads of the codebook for each row."""

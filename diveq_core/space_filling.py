@@ -189,6 +189,10 @@ class CurveRule(Rule):
             [t, *(lib.astype(lib.xp.reshape(noise.ends[j, ...], z.shape), t.dtype) for j in (0, 1))], axis=1
         )
 
+    @property
+    def noise_by_indices(self) -> bool:
+        return True
+
     def gathered(self, codebook: Array, indices: Array) -> Array:
         """Both ends of each row's segment, (N, 2 D)."""
         lib = self.lib

@@ -83,6 +83,75 @@ def _torch_vmap(name: str) -> None:
     _by_rows("torch", torch.func.vmap, torch.func.grad, name)
 
 
+@functools.cache
+def _tangents(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tangents of z and codebook, and NumPy's of the output."""
+    row, rng = ESTIMATORS[name], np.random.default_rng(12)
+    inputs = _problem(name)[0]
+    dz, dcodebook = (rng.standard_normal(x.shape, dtype=np.float32) for x in inputs[:2])
+    return dz, dcodebook, row.jvp(*inputs, dz, dcodebook)[-1]
+
+
+def _pushed(name: str) -> Callable[..., Any]:
+    import torch
+
+    row, inputs, _ = _in("torch", name)
+    dz, dcodebook = (torch.tensor(x) for x in _tangents(name)[:2])
+    return lambda z: torch.func.jvp(lambda *x: row.forward(*x, *inputs[2:])[0], (z, inputs[1]), (dz, dcodebook))[1]
+
+
+def _torch_forward_mode(name: str) -> None:
+    row, inputs, _ = _in("torch", name)
+    actual = _pushed(name)(inputs[0]).numpy()
+    np.testing.assert_allclose(actual, _tangents(name)[2], rtol=row.rtol, atol=row.atol)
+
+
+@functools.cache
+def _compiled_transforms() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tangents, and gradients by row, of all estimators from one graph."""
+    import torch
+
+    problems = {name: _in("torch", name) for name in ESTIMATORS}
+    pushes = {name: _pushed(name) for name in ESTIMATORS}
+
+    def by_rows(row: Estimation, inputs: list[Any], g: Any) -> Any:
+        axes = (0, 0, None, *row.noise_axes)
+        gradient = torch.func.grad(lambda g, *x: _loss(row, g, *x), (1, 2))
+        return torch.func.vmap(gradient, axes)(g, *inputs)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def both(*arrays: list[Any]) -> Any:
+        rows = zip(problems.items(), arrays, strict=True)
+        return [(pushes[name](x[0]), by_rows(row, x, g)) for (name, (row, _, g)), x in rows]
+
+    found = dict(zip(ESTIMATORS, both(*(inputs for _, inputs, _ in problems.values())), strict=True))
+    return {name: x[0] for name, x in found.items()}, {name: x[1] for name, x in found.items()}
+
+
+def _torch_compiled_forward_mode(name: str) -> None:
+    row = ESTIMATORS[name]
+    actual = _compiled_transforms()[0][name].numpy()
+    np.testing.assert_allclose(actual, _tangents(name)[2], rtol=row.rtol, atol=row.atol)
+
+
+def _torch_compiled_vmap(name: str) -> None:
+    g_z, g_codebook = _compiled_transforms()[1][name]
+    _compare("torch", name, (g_z, g_codebook.sum(0)))
+
+
+def _torch_inference_mode(name: str) -> None:
+    import torch
+
+    row, (z, codebook, *noise), g = _in("torch", name)
+    expected = row.forward(*_problem(name)[0])[0]
+    with torch.inference_mode():
+        words = codebook.clone()
+        np.testing.assert_allclose(row.forward(z, words, *noise)[0], expected, rtol=row.rtol, atol=row.atol)
+    z.requires_grad_()
+    row.forward(z, words, *noise)[0].backward(g)
+    _compare("torch", name, (z.grad, torch.tensor(_problem(name)[2][1])))
+
+
 def _jax_vmap(name: str) -> None:
     import jax
 
@@ -168,6 +237,10 @@ def _jax_scan(name: str) -> None:
 TRANSFORMATIONS: dict[str, Callable[[str], None]] = {
     "torch: compile": _torch_compile,
     "torch: vmap": _torch_vmap,
+    "torch: forward mode": _torch_forward_mode,
+    "torch: compiled forward mode": _torch_compiled_forward_mode,
+    "torch: compiled vmap": _torch_compiled_vmap,
+    "torch: inference mode": _torch_inference_mode,
     "torch: double backward": _torch_double_backward,
     "jax: jit": _jax_jit,
     "jax: vmap": _jax_vmap,

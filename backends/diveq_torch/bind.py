@@ -66,19 +66,22 @@ def _read(rule: Any, fixed: bool, z: Any, codebook: Any, indices: Any, noise: An
 class _Fixed:
     """A rule whose codewords are held apart from what autograd saves, so that checkpoints do not gather them anew."""
 
-    def __init__(self, rule: Any, words: Any, indices: Any) -> None:
-        self.rule, self.words, self.indices = rule, words, indices
-        self.constant = False
+    def __init__(self, rule: Any, words: Any, indices: Any, noise: Any) -> None:
+        self.rule, self.words, self.indices, self.noise = rule, words, indices, noise
+        self.constant, self.trains_codebook = False, False
 
     def forward(self, z: Any, _codebook: None, _indices: None, noise: Any) -> Any:
-        out = self.rule.forward(z, self.words, self.indices, noise)
+        out = self.rule.forward(z, self.words, self.indices, self._noise(noise))
         return out.clone() if out is self.words else out
 
     def pullback(self, z: Any, _codebook: None, _indices: None, noise: Any, g: Any) -> tuple[Any, None]:
-        return self.rule.pullback(z, self.words, None, noise, g)[0], None
+        return self.rule.pullback(z, self.words, None, self._noise(noise), g)[0], None
 
     def pushforward(self, z: Any, _codebook: None, _indices: None, noise: Any, dz: Any, _dcodebook: None) -> Any:
-        return self.rule.pushforward(z, self.words, None, noise, dz, None)
+        return self.rule.pushforward(z, self.words, None, self._noise(noise), dz, None)
+
+    def _noise(self, given: Any) -> Any:
+        return given if self.noise is None else self.noise
 
 
 def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
@@ -92,14 +95,14 @@ def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) ->
                 moved = _pushed(rule, z, codebook, indices, noise, dz, dcodebook)
                 return forward_ad.make_dual(_bound(_Reverse, rule, z, codebook, indices, noise), moved)
         return _bound(_Reverse, rule, z, codebook, indices, noise)
-    wrapped = torch._C._are_functorch_transforms_active()
-    if rule.constant or (wrapped and is_functorch_wrapped_tensor(codebook) and rule.trains_codebook):
-        return _bound(_Both, rule, z, codebook, indices, noise)
-    if wrapped or not _is_fixed(rule, codebook):
+    if rule.constant or torch._C._are_functorch_transforms_active() or not _is_fixed(rule, codebook):
         return _bound(_Both, rule, z, codebook, indices, noise)
     with torch.no_grad():
         words, own = rule.fixed(codebook.detach(), indices)
-    return _Both.apply(_Fixed(rule, words, own), True, z, None, None, _kept(noise))
+        # Chosen by the indices, it belongs to the codewords.
+        held = noise if rule.noise_by_indices else None
+    given = None if rule.noise_by_indices else _kept(noise)
+    return _Both.apply(_Fixed(rule, words, own, held), True, z, None, None, given)
 
 
 def _bound(function: Any, rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
@@ -135,10 +138,8 @@ def _pushed(rule: Any, z: Any, codebook: Any, indices: Any, noise: Any, dz: Any,
     """``rule.pushforward``, of zeros where there is no tangent."""
     if rule.trains_codebook and dcodebook is None and indices is not None:
         dcodebook = torch.zeros_like(codebook)
-    if dz is None:
-        if z is None:
-            return None
-        dz = torch.zeros_like(z)
+    # A constant rule has no second tangent, so there is a first.
+    dz = torch.zeros_like(z) if dz is None else dz
     return rule.pushforward(z, codebook, indices, noise, dz, dcodebook)
 
 
