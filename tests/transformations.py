@@ -106,39 +106,6 @@ def _torch_forward_mode(name: str) -> None:
     np.testing.assert_allclose(actual, _tangents(name)[2], rtol=row.rtol, atol=row.atol)
 
 
-@functools.cache
-def _compiled_transforms() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tangents, and gradients by row, of all estimators from one graph."""
-    import torch
-
-    problems = {name: _in("torch", name) for name in ESTIMATORS}
-    pushes = {name: _pushed(name) for name in ESTIMATORS}
-
-    def by_rows(row: Estimation, inputs: list[Any], g: Any) -> Any:
-        axes = (0, 0, None, *row.noise_axes)
-        gradient = torch.func.grad(lambda g, *x: _loss(row, g, *x), (1, 2))
-        return torch.func.vmap(gradient, axes)(g, *inputs)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def both(*arrays: list[Any]) -> Any:
-        rows = zip(problems.items(), arrays, strict=True)
-        return [(pushes[name](x[0]), by_rows(row, x, g)) for (name, (row, _, g)), x in rows]
-
-    found = dict(zip(ESTIMATORS, both(*(inputs for _, inputs, _ in problems.values())), strict=True))
-    return {name: x[0] for name, x in found.items()}, {name: x[1] for name, x in found.items()}
-
-
-def _torch_compiled_forward_mode(name: str) -> None:
-    row = ESTIMATORS[name]
-    actual = _compiled_transforms()[0][name].numpy()
-    np.testing.assert_allclose(actual, _tangents(name)[2], rtol=row.rtol, atol=row.atol)
-
-
-def _torch_compiled_vmap(name: str) -> None:
-    g_z, g_codebook = _compiled_transforms()[1][name]
-    _compare("torch", name, (g_z, g_codebook.sum(0)))
-
-
 def _torch_inference_mode(name: str) -> None:
     import torch
 
@@ -238,8 +205,6 @@ TRANSFORMATIONS: dict[str, Callable[[str], None]] = {
     "torch: compile": _torch_compile,
     "torch: vmap": _torch_vmap,
     "torch: forward mode": _torch_forward_mode,
-    "torch: compiled forward mode": _torch_compiled_forward_mode,
-    "torch: compiled vmap": _torch_compiled_vmap,
     "torch: inference mode": _torch_inference_mode,
     "torch: double backward": _torch_double_backward,
     "jax: jit": _jax_jit,

@@ -448,6 +448,41 @@ class TestCompile:
         assert_equal(exported.module()(z).detach(), codebook[dq.nearest(z, codebook)])
 
 
+TRANSFORMS = {
+    "jvp": lambda f, z: torch.func.jvp(f, (z,), (torch.cos(z),))[1],
+    "jacfwd": lambda f, z: torch.func.jacfwd(f)(z),
+    "vmap of grad": lambda f, z: torch.func.vmap(torch.func.grad(lambda z: (f(z) ** 3).sum()))(z),
+    "hessian": lambda f, z: torch.func.hessian(lambda z: (f(z) ** 3).sum())(z),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_inside_a_compiled_function(name: str, backend: str):
+    """All in one graph: compiling each by itself takes as long for each."""
+    torch._dynamo.reset()
+    z, codebook, _ = (x.detach() for x in problem(rows=3))
+    noise = torch.linspace(-1, 1, 3)
+    words = codebook[:3]
+    quantizers = [
+        *(
+            lambda z, e=e: dq.quantize(z, codebook, e, noise=noise.expand_as(z)).z_q
+            for e in (dq.STE(), dq.DiVeQ(), dq.Rotation(), dq.Radial(dq.PseudoHuber(0.3)))
+        ),
+        lambda z: dq.quantize(z, codebook, dq.Residual(dq.DiVeQDetach(), 2)).z_q,
+        lambda z: dq.fsq(z, [5, 4, 3]).z_q,
+        lambda z: dq.gumbel_quantize(z, words, dq.GumbelST(), noise=torch.zeros_like(z)).z_q,
+    ]
+
+    def all_of_them(z):
+        return [TRANSFORMS[name](f, z) for f in quantizers]
+
+    compiled = torch.compile(all_of_them, fullgraph=True, backend=backend)(z)
+    for actual, expected in zip(compiled, all_of_them(z), strict=True):
+        assert_equal(actual, expected, **CLOSE)
+
+
 class TestPrecision:
     @pytest.mark.parametrize("estimator", [dq.DiVeQ(), ESTIMATORS[7]], **IDS)
     def test_autocast_rounds_nothing_here(self, estimator):
@@ -538,10 +573,8 @@ class TestTheCodebookIsOverwritten:
                 self.WRITES[write](codebook, new)
             return out.z_q
 
-        if checkpointed:
-            z_q = torch.utils.checkpoint.checkpoint(forward, z, use_reentrant=False)
-        else:
-            z_q = forward(z)
+        checkpoint = torch.utils.checkpoint.checkpoint
+        z_q = checkpoint(forward, z, use_reentrant=False) if checkpointed else forward(z)
         g = torch.linspace(-1, 1, 18).reshape(6, 3)
         z_q.backward(g)
         assert_equal(z.grad, pullback(g)[0], **CLOSE)
