@@ -55,7 +55,7 @@ class GumbelRule:
         lib, dtype = self.lib, self._dtype(logits, codebook)
         y, codewords = self._soft(logits, noise, dtype), lib.astype(codebook, dtype)
         moved = lib.matmul(self._centred(y, lib.astype(dlogits, dtype)), codewords)
-        if dcodebook is None:
+        if dcodebook is None or indices is None:
             return lib.astype(moved, lib.result_dtype(logits, codebook))
         dcodewords = lib.astype(dcodebook, dtype)
         moved = moved + lib.take_rows(dcodewords, indices)
