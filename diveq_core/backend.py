@@ -113,6 +113,10 @@ class Backend:
         """``sg[x]``: the same values, through which no derivative flows."""
         return x
 
+    def snapshot(self, x: Array) -> Array:
+        """``x`` as it is now, whatever is written to it later: a copy, where arrays can be written to."""
+        return self.xp.asarray(x, copy=True)
+
     def records(self, *arrays: Array) -> bool:
         """Whether derivatives of what is computed from the arrays may be asked for."""
         return False

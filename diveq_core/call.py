@@ -44,10 +44,10 @@ class Call:
         check_pair(lib, function, z, codebook)
         refuse_not_finite(lib, function, finite, z=z, codebook=codebook)
         self.shape = tuple(z.shape)
-        self.rule = Rule(lib, estimator)
+        self.rule = Rule.of(lib, estimator, z, codebook)
         self.z = flat_rows(lib, z)
         if isinstance(estimator, SpaceFilling):
-            self.rule = CurveRule(lib, estimator)
+            self.rule = CurveRule.of(lib, estimator, z, codebook)
             drawn = estimator.prepare(function, lib, z, codebook, noise, rng)
             self.indices = self._chosen(function, indices, estimator.points(lib, codebook, drawn.dither), "K - 1")
             self.noise = CurveRule.packed(lib, drawn, self.indices, self.z)

@@ -150,10 +150,12 @@ def gumbel_vjp(
     call = _Call("gumbel_vjp", logits, codebook, estimator, noise, rng, check_finite)
     out = call.quantized(call.rule.forward(call.logits, codebook, call.indices, call.noise))
 
+    words = call.lib.snapshot(codebook)
+
     def pullback(g: Array, /) -> tuple[Array, Array]:
         check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
         rows = flat_rows(call.lib, g)
-        g_logits, g_codebook = call.rule.pullback(call.logits, codebook, call.indices, call.noise, rows)
+        g_logits, g_codebook = call.rule.pullback(call.logits, words, call.indices, call.noise, rows)
         return call.lib.xp.reshape(g_logits, tuple(logits.shape)), g_codebook
 
     return out, pullback

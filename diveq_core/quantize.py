@@ -159,7 +159,8 @@ def vjp(
     out : Quantized
     pullback : callable
         ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_z, g_codebook)``, (..., D) and
-        (K, D), in the dtypes of ``z`` and ``codebook``. It may be called any number of times.
+        (K, D), in the dtypes of ``z`` and ``codebook``. It may be called any number of times, also after the codebook
+        was overwritten; ``z`` and ``noise`` must stay as they were.
 
     Raises
     ------
@@ -189,8 +190,13 @@ def vjp(
         lib, rule = call.rule.lib, call.rule
         out = call.quantized(rule.forward(call.z, codebook, call.indices, call.noise))
 
+        # Moving averages may overwrite the codebook before the pullback is called.
+        words = None if rule.constant else lib.snapshot(codebook)
+
         def pull(g: Array) -> tuple[Array, Array]:
-            g_z, g_codebook = rule.pullback(call.z, codebook, call.indices, call.noise, flat_rows(lib, g))
+            g_z, g_codebook = rule.pullback(call.z, words, call.indices, call.noise, flat_rows(lib, g))
+            if g_codebook is None:
+                g_codebook = lib.xp.zeros_like(codebook)
             return lib.xp.reshape(g_z, z.shape), g_codebook
 
     def pullback(g: Array, /) -> tuple[Array, Array]:

@@ -187,8 +187,8 @@ MUTANTS = (
     Mutant(
         "hard: z + (q - z) for q",
         RULE,
-        "return lib.astype(lib.take_rows(codebook, indices), out_dtype)",
-        "return lib.astype(z + (lib.take_rows(codebook, indices) - z), out_dtype)",
+        "lib.astype(codebook if indices is None else lib.take_rows(codebook, indices), self.out_dtype)",
+        "lib.astype(z + (lib.take_rows(codebook, indices) - z), self.out_dtype)",
         "test_estimators.py bit_for_bit and numpy and STE",
     ),
     # What carries derivatives and what does not
@@ -406,39 +406,43 @@ MUTANTS = (
     Mutant(
         "rule: all cotangents to codeword 0",
         RULE,
-        "lib.segment_add(g_codebook, g_q, indices)",
-        "lib.segment_add(g_codebook, g_q, indices * 0)",
+        "lib.segment_add(total, g_q, indices)",
+        "lib.segment_add(total, g_q, indices * 0)",
         verbs("DiVeQ"),
     ),
     Mutant(
         "rule: noise lost in the pullback",
         RULE,
-        "q, compute(noise), compute(g))",
-        "q, compute(g), compute(g))",
+        "self.estimator.vjp(self.lib, z, q, noise, g)",
+        "self.estimator.vjp(self.lib, z, q, g, g)",
         verbs("DiVeQ or NSVQ"),
     ),
     Mutant(
         "rule: the tangent of codeword 0 for all",
         RULE,
-        "lib.take_rows(dcodebook, indices)",
-        "lib.take_rows(dcodebook, indices * 0)",
+        "self.gathered(dcodebook, indices)",
+        "self.gathered(dcodebook, indices * 0)",
         verbs("DiVeQ"),
     ),
     Mutant(
-        "rule: g_z in the dtype of computation", RULE, "return lib.astype(g_z, z.dtype)", "return g_z", verbs("DiVeQ")
+        "rule: g_z in the dtype of computation",
+        RULE,
+        "return lib.astype(g_z, self.z_dtype)",
+        "return g_z",
+        verbs("DiVeQ"),
     ),
     Mutant(
         "rule: g_codebook in the dtype of computation",
         RULE,
-        "return g_z, lib.astype(g_codebook, codebook.dtype)",
-        "return g_z, g_codebook",
+        "return g_z, None if total is None else lib.astype(total, self.codebook_dtype)",
+        "return g_z, total",
         verbs("DiVeQ"),
     ),
     Mutant(
         "rule: half precision throughout",
         RULE,
-        "dtype = lib.compute_dtype(lib.result_dtype(z, codebook))",
-        "dtype = lib.result_dtype(z, codebook)",
+        "self.lib.compute_dtype(self.out_dtype)",
+        "self.out_dtype",
         verbs("DiVeQ or Power"),
     ),
     Mutant(
@@ -509,22 +513,22 @@ MUTANTS = (
     Mutant(
         "torch: backward is straight-through",
         TORCH_BIND,
-        "return None, g_z, g_codebook, None, None",
-        "return None, g, g_codebook, None, None",
+        "return None, None, g_z, g_codebook, None, None",
+        "return None, None, g, g_codebook, None, None",
         bound("DiVeQ", "torch"),
     ),
     Mutant(
         "torch: sign of the codebook's gradient",
         TORCH_BIND,
-        "return None, g_z, g_codebook, None, None",
-        "return None, g_z, -g_codebook, None, None",
+        "return None, None, g_z, g_codebook, None, None",
+        "return None, None, g_z, -g_codebook, None, None",
         bound("DiVeQ", "torch"),
     ),
     Mutant(
         "torch: pushforward forgets the codebook",
         TORCH_BIND,
-        "indices, noise, dz, dcodebook)",
-        "indices, noise, dz, torch.zeros_like(codebook))",
+        "return _pushed(ctx.rule, z, codebook, indices, noise, dz, dcodebook)",
+        "return _pushed(ctx.rule, z, codebook, indices, noise, dz, torch.zeros_like(codebook))",
         "test_estimators.py pushes_forward and torch and DiVeQ",
     ),
     Mutant(
@@ -537,8 +541,8 @@ MUTANTS = (
     Mutant(
         "JAX: sign of the pullback",
         JAX_BIND,
-        "ad.instantiate_zeros(g))\n    wanted",
-        "-ad.instantiate_zeros(g))\n    wanted",
+        "ad.instantiate_zeros(g))\n    if",
+        "-ad.instantiate_zeros(g))\n    if",
         bound("DiVeQ", "jax"),
     ),
     Mutant(
@@ -586,8 +590,8 @@ MUTANTS = (
     Mutant(
         "curve: the second end gets no gradient",
         SPACE_FILLING,
-        "            g_codebook = lib.segment_add(g_codebook, g_2, _following(lib, indices))\n",
-        "",
+        "return self.lib.segment_add(total, g_2, _following(self.lib, indices))",
+        "return total",
         CURVE,
     ),
     Mutant(

@@ -424,3 +424,20 @@ def test_estimators_are_hashable_and_frozen(estimator: dq.Estimator):
     assert estimator == copy.copy(estimator)
     with pytest.raises((AttributeError, TypeError)):
         estimator.sigma = 1.0
+
+
+@pytest.mark.parametrize(
+    "estimator", [dq.STE(), dq.Rotation(), dq.DiVeQDetach(), dq.Radial(dq.PseudoHuber())], ids=repr
+)
+@pytest.mark.parametrize("name", ["numpy", "array_api_strict", "mlx", "torch"])
+def test_the_pullback_is_that_of_the_codebook_that_was_used(name: str, estimator) -> None:
+    library, rng = library_named(name), np.random.default_rng(0)
+    z, g, words = (rng.standard_normal(s).astype(np.float32) for s in ((6, 3), (6, 3), (5, 3)))
+    expected = dq.vjp(z, words, estimator)[1](g)
+    codebook = library.to(words.copy())
+    if name == "numpy":
+        codebook = words.copy()
+    _, pullback = dq.vjp(library.to(z), codebook, estimator)
+    codebook[...] = library.to(3 * words[::-1].copy())
+    for actual, wanted in zip(pullback(library.to(g)), expected, strict=True):
+        assert_close(actual, wanted, library, rtol=1e-5, atol=1e-5)

@@ -83,6 +83,42 @@ def _torch_vmap(name: str) -> None:
     _by_rows("torch", torch.func.vmap, torch.func.grad, name)
 
 
+@functools.cache
+def _tangents(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tangents of z and codebook, and NumPy's of the output."""
+    row, rng = ESTIMATORS[name], np.random.default_rng(12)
+    inputs = _problem(name)[0]
+    dz, dcodebook = (rng.standard_normal(x.shape, dtype=np.float32) for x in inputs[:2])
+    return dz, dcodebook, row.jvp(*inputs, dz, dcodebook)[-1]
+
+
+def _pushed(name: str) -> Callable[..., Any]:
+    import torch
+
+    row, inputs, _ = _in("torch", name)
+    dz, dcodebook = (torch.tensor(x) for x in _tangents(name)[:2])
+    return lambda z: torch.func.jvp(lambda *x: row.forward(*x, *inputs[2:])[0], (z, inputs[1]), (dz, dcodebook))[1]
+
+
+def _torch_forward_mode(name: str) -> None:
+    row, inputs, _ = _in("torch", name)
+    actual = _pushed(name)(inputs[0]).numpy()
+    np.testing.assert_allclose(actual, _tangents(name)[2], rtol=row.rtol, atol=row.atol)
+
+
+def _torch_inference_mode(name: str) -> None:
+    import torch
+
+    row, (z, codebook, *noise), g = _in("torch", name)
+    expected = row.forward(*_problem(name)[0])[0]
+    with torch.inference_mode():
+        words = codebook.clone()
+        np.testing.assert_allclose(row.forward(z, words, *noise)[0], expected, rtol=row.rtol, atol=row.atol)
+    z.requires_grad_()
+    row.forward(z, words, *noise)[0].backward(g)
+    _compare("torch", name, (z.grad, torch.tensor(_problem(name)[2][1])))
+
+
 def _jax_vmap(name: str) -> None:
     import jax
 
@@ -168,6 +204,8 @@ def _jax_scan(name: str) -> None:
 TRANSFORMATIONS: dict[str, Callable[[str], None]] = {
     "torch: compile": _torch_compile,
     "torch: vmap": _torch_vmap,
+    "torch: forward mode": _torch_forward_mode,
+    "torch: inference mode": _torch_inference_mode,
     "torch: double backward": _torch_double_backward,
     "jax: jit": _jax_jit,
     "jax: vmap": _jax_vmap,

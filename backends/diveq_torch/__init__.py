@@ -93,6 +93,9 @@ class TorchBackend(Backend):
     def add_scaled(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor | float) -> torch.Tensor:
         return torch.addcmul(x, y, c) if isinstance(c, torch.Tensor) else torch.add(x, y, alpha=c)
 
+    def snapshot(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
     def records(self, *arrays: torch.Tensor) -> bool:
         return not _is_plain(*arrays)
 
@@ -110,7 +113,8 @@ class TorchBackend(Backend):
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         if _is_plain(*(x for x in arrays if x is not None)):
-            return in_blocks(torch.empty, max(_BLOCK_ENTRIES // arrays[0].shape[-1], 1), function, *arrays)
+            width = next(x.shape[-1] for x in arrays if x is not None)
+            return in_blocks(torch.empty, max(_BLOCK_ENTRIES // width, 1), function, *arrays)
         return function(*arrays)
 
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
