@@ -89,12 +89,13 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     flat = flat_rows(lib, lib.stop_gradient(z))
     corners = lib.astype(lib.stop_gradient(codebook), dtype)
     centre, inverse_scale = frame(lib, corners)
+    centre = xp.reshape(centre, (1, corners.shape[1]))
     e = (corners - centre) * inverse_scale
     start, step = e[:-1, :], e[1:, :] - e[:-1, :]
     # Row k of both: what is subtracted from a product with y, so that both begin at the segment's start.
-    along_start = xp.sum(start * step, axis=1)
-    half = xp.sum(start * start, axis=1) * 0.5
-    squared = xp.sum(step * step, axis=1)
+    along_start = xp.sum(start * step, axis=1)[None, :]
+    half = xp.sum(start * start, axis=1)[None, :] * 0.5
+    squared = xp.sum(step * step, axis=1)[None, :]
     rows = max(rows_per_chunk(lib, *codebook.shape) // 4, 1)
     segments = [lib.as_indices(xp.arange(0, **lib.place(corners)))]
     positions = [xp.zeros((0,), dtype=dtype, **lib.place(corners))]

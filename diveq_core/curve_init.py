@@ -87,12 +87,12 @@ def tour(lib: Backend, corners: Array) -> Array:
     """Order in which every corner is followed by the nearest one left, (K,)."""
     xp = lib.xp
     centre, inverse_scale = frame(lib, corners)
-    e = (corners - centre) * inverse_scale
+    e = (corners - xp.reshape(centre, (1, corners.shape[1]))) * inverse_scale
     numbers = lib.as_indices(xp.arange(e.shape[0], **lib.place(e)))
     gone = xp.zeros_like(e[:, 0])
-    far = xp.full_like(gone, float("inf"))
+    far = xp.full_like(gone, float(xp.finfo(gone.dtype).max))
     # The frame's own centre is a rounded mean.
-    from_mean = e - xp.mean(e, axis=0)
+    from_mean = e - xp.mean(e, axis=0, keepdims=True)
     order = [xp.argmax(xp.sum(from_mean * from_mean, axis=1))]
     for _ in range(1, e.shape[0]):
         gone = xp.where(numbers == order[-1], xp.ones_like(gone), gone)

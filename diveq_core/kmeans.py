@@ -189,7 +189,7 @@ class _Frame:
         # Where values cannot be read there may be none: the codebook is then zeros rather than NaN.
         share = 1 / one_where(lib, total == 0, total)
         # Divided first: the sum of large vectors may overflow.
-        self.mean = self.ranks.sum(xp.sum(rows * share, axis=0))
+        self.mean = self.ranks.sum(xp.sum(rows * share, axis=0, keepdims=True))
         d = xp.where(finite[:, None], rows - self.mean, xp.zeros_like(rows))
         self.size = power_of_two(lib, self.ranks.sum(xp.sum(xp.abs(d) * (share / d.shape[1]))))
         self.y = d * (1 / self.size)
@@ -252,9 +252,9 @@ class _Frame:
         def distances(seeds: Array) -> Array:
             """Squared distances, (T, N); 0 where rounding hides them, so that no vector is drawn twice."""
             own = lib.dot(seeds, seeds)
-            size = own + squares
+            size = own + squares[None, :]
             d = size - 2 * lib.matmul(seeds, columns)
-            return xp.where((d > rounding * size) & self.valid, d, xp.zeros_like(d))
+            return xp.where((d > rounding * size) & self.valid[None, :], d, xp.zeros_like(d))
 
         first = self.ranks.draw(y, self.weights, positions[0, :1])
         chosen, closest = [first], distances(first)

@@ -165,7 +165,7 @@ def _deviation(ranks: Ranks, rows: Array, weights: Array) -> tuple[Array, Array]
     xp = ranks.lib.xp
     total = ranks.sum(xp.sum(weights))
     share = (weights / xp.where(total > 0, total, xp.ones_like(total)))[:, None]
-    mean = ranks.sum(xp.sum(rows * share, axis=0))
+    mean = ranks.sum(xp.sum(rows * share, axis=0, keepdims=True))
     both = xp.stack([xp.sum(xp.abs(rows - mean) * share), xp.sum(xp.abs(rows) * share)])
     both = ranks.sum(both) / rows.shape[1]
     deviation, size = both[0], both[1]

@@ -56,6 +56,7 @@ def nearest_rows(lib: Backend, z: jax.Array, codebook: jax.Array, *, interpret: 
     """Index of the nearest codeword, (N, D), (K, D) -> (N,) int32; -1 for a row that is not finite."""
     words = codebook.astype(jnp.float32)
     centre, inverse_scale = search.frame(lib, words)
+    centre = centre.reshape(1, -1)
     canonical = search.first_copies(lib, words)
     e = (words - centre) * inverse_scale
     half_squares = jnp.sum(e * e, axis=1) * 0.5

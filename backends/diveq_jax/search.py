@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from diveq_core import search
 from diveq_core.registry import backend_of
+from diveq_jax import sharding
 
 if TYPE_CHECKING:
     from diveq_core.backend import Backend
@@ -33,15 +34,18 @@ def _(axis_size: int, in_batched: list[bool], z: jax.Array, codebook: jax.Array)
 @jax.jit
 def _nearest_rows(z: jax.Array, codebook: jax.Array) -> jax.Array:
     lib = backend_of("nearest", z=z)
+    find = functools.partial(_nearest_by_product, lib)
     if jax.default_backend() == "gpu":
         from diveq_jax import fused
 
         if fused.serves(z, codebook):
-            kernel = functools.partial(fused.nearest_rows, lib)
-            return jax.lax.platform_dependent(
-                z, codebook, cuda=kernel, default=functools.partial(_nearest_by_product, lib)
-            )
-    return _nearest_by_product(lib, z, codebook)
+            kernel, default = functools.partial(fused.nearest_rows, lib), find
+
+            def find(z: jax.Array, codebook: jax.Array) -> jax.Array:
+                return jax.lax.platform_dependent(z, codebook, cuda=kernel, default=default)
+
+    rows = sharding.rows_of(z)
+    return sharding.by_device(find, z, codebook, specs=(rows, sharding.WHOLE), out=rows)
 
 
 def _nearest_by_product(lib: Backend, z: jax.Array, codebook: jax.Array) -> jax.Array:
@@ -52,6 +56,7 @@ def _nearest_by_product(lib: Backend, z: jax.Array, codebook: jax.Array) -> jax.
     canonical = search.first_copies(lib, codebook)
 
     count, width = codebook.shape
+    centre = centre.reshape(1, width)
     # XLA vectorizes two minima where it does not vectorize argmin, and floats better than integers.
     positions = jnp.arange(count, dtype=jnp.float32 if count <= 1 << 24 else jnp.int32)
 
@@ -59,10 +64,14 @@ def _nearest_by_product(lib: Backend, z: jax.Array, codebook: jax.Array) -> jax.
         y = (rows.astype(dtype) - centre) * inverse_scale
         scores = lib.matmul(jnp.concatenate([y, jnp.ones_like(y[:, :1])], axis=1), extended.T)
         best = jnp.min(scores, axis=1)
-        first = jnp.min(jnp.where(scores == best[:, None], positions, positions[-1]), axis=1)
+        first = jnp.min(jnp.where(scores == best[:, None], positions[None, :], positions[-1]), axis=1)
         return jnp.where(jnp.isfinite(best), canonical[first.astype(jnp.int32)], -1)
 
     rows = search.rows_per_chunk(lib, count, width)
     whole = z.shape[0] // rows * rows
-    found = jax.lax.map(chunk, z[:whole].reshape(-1, rows, z.shape[1])).reshape(whole)
-    return jnp.concatenate([found, chunk(z[whole:])])
+    rest = chunk(z[whole:])
+    # `jax.disable_jit` knows no loop of no steps.
+    if isinstance(whole, int) and whole == 0:
+        return rest
+    found = jax.lax.map(chunk, z[:whole].reshape(z.shape[0] // rows, rows, width)).reshape(whole)
+    return jnp.concatenate([found, rest])
