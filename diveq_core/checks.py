@@ -102,8 +102,20 @@ def checked_count(function: str, name: str, count: int | numbers.Integral, *, at
     return int(count)
 
 
-def checked_number(function: str, name: str, value: float, lowest: float, below: float) -> float:
-    """A real number in [lowest, below)."""
+def checked_number(
+    function: str, name: str, value: float | Array, lowest: float, below: float, *, like: Array | None = None
+) -> float | Array:
+    """A real number in [lowest, below), or one in an array () of the library of ``like``.
+
+    Such an array stays one, in the dtype of ``like`` in at least float32, while it is being traced: it has no value.
+    """
+    if like is not None and not isinstance(value, numbers.Real) and hasattr(value, "shape"):
+        lib = backend_of(function, like=like, **{name: value})
+        check_floating(lib, function, **{name: value})
+        check_shape(function, name, value, (), "a number")
+        if not lib.is_concrete(value):
+            return lib.stop_gradient(lib.astype(value, lib.compute_dtype(like.dtype)))
+        value = float(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a real number, got {describe(value)}")
     if not lowest <= float(value) < below:

@@ -41,7 +41,7 @@ class EMAState(NamedTuple):
 
 
 @quiet
-def ema_init(codebook: Array, /, *, weight: float = 0.0) -> EMAState:
+def ema_init(codebook: Array, /, *, weight: float | Array = 0.0) -> EMAState:
     r"""State of the moving averages before the first step.
 
     .. math:: n_k = \text{weight}
@@ -49,7 +49,7 @@ def ema_init(codebook: Array, /, *, weight: float = 0.0) -> EMAState:
     Parameters
     ----------
     codebook : array (K, D)
-    weight : float, default 0
+    weight : float or array (), default 0
         For how many vectors a step the initial value of each codeword counts. At 0 the first step that uses a
         codeword moves it to the mean of its vectors; more makes the beginning gentler.
 
@@ -73,10 +73,10 @@ def ema_init(codebook: Array, /, *, weight: float = 0.0) -> EMAState:
     lib = backend_of("ema_init", codebook=codebook)
     check_floating(lib, "ema_init", codebook=codebook)
     check_single("ema_init", codebook)
-    weight = checked_number("ema_init", "weight", weight, 0.0, math.inf)
+    weight = checked_number("ema_init", "weight", weight, 0.0, math.inf, like=codebook)
     # A copy: one of the two may be changed in place, donated or saved.
     means = lib.astype(lib.copy(lib.stop_gradient(codebook)), lib.compute_dtype(codebook.dtype))
-    return EMAState(lib.xp.full((codebook.shape[0],), weight, dtype=means.dtype, **lib.place(means)), means)
+    return EMAState(lib.xp.ones((codebook.shape[0],), dtype=means.dtype, **lib.place(means)) * weight, means)
 
 
 @quiet
@@ -87,7 +87,7 @@ def ema_update(
     indices: Array,
     /,
     *,
-    decay: float = 0.99,
+    decay: float | Array = 0.99,
     all_reduce: Callable[[Array], Array] | None = None,
 ) -> tuple[EMAState, Array]:
     r"""Move each codeword to the moving average of the vectors that choose it.
@@ -106,8 +106,8 @@ def ema_update(
         Vectors that chose; one that is not finite contributes nothing.
     indices : integer array (...)
         As `nearest` gives them; -1 contributes nothing.
-    decay : float, default 0.99
-        The :math:`m` in [0, 1).
+    decay : float or array (), default 0.99
+        The :math:`m` in [0, 1). An array may be traced, as that of a schedule is; its range is then not checked.
     all_reduce : callable, optional
         Sum over ranks, array -> array of the same shape; called once, with an array (K, D + 1), and may sum in place.
         State, codebook and decay must be the same on all ranks.
@@ -157,7 +157,7 @@ def ema_update(
     backend_of("ema_update", z=z, indices=indices)
     indices = checked_indices(lib, "ema_update", indices, codebook.shape[0])
     check_shape("ema_update", "indices", indices, tuple(z.shape[:-1]), "z without its last axis")
-    decay = checked_number("ema_update", "decay", decay, 0.0, 1.0)
+    decay = checked_number("ema_update", "decay", decay, 0.0, 1.0, like=codebook)
     ranks = Ranks(lib, "ema_update", all_reduce)
     xp = lib.xp
 

@@ -39,8 +39,8 @@ def replace_unused(
     /,
     *,
     z: Array | None = None,
-    threshold: float = 0.0,
-    jitter: float = 0.01,
+    threshold: float | Array = 0.0,
+    jitter: float | Array = 0.01,
     noise: Array | None = None,
     rng: Any = None,
     state: EMAState | None = None,
@@ -63,9 +63,9 @@ def replace_unused(
         them. Only proportions matter; NaN counts for nothing.
     z : array (..., D), optional
         Vectors to draw from instead of used codewords; those that are not finite are left out.
-    threshold : float, default 0
+    threshold : float or array (), default 0
         Share in [0, 1) of the mean use up to which a codeword counts as unused.
-    jitter : float, default 0.01
+    jitter : float or array (), default 0.01
         Standard deviation of what is added, in parts of the data's mean absolute deviation. 0 only with ``z``.
     noise : array (K, D + 2), optional
         Standard normal numbers: the jitter, and two columns whose angle is the draw. The same noise gives the same
@@ -128,9 +128,9 @@ def replace_unused(
         check_pair(lib, "replace_unused", z, codebook)
     if state is not None:
         check_state(lib, "replace_unused", state, codebook)
-    threshold = checked_number("replace_unused", "threshold", threshold, 0.0, 1.0)
-    jitter = checked_number("replace_unused", "jitter", jitter, 0.0, math.inf)
-    if jitter == 0 and z is None:
+    threshold = checked_number("replace_unused", "threshold", threshold, 0.0, 1.0, like=codebook)
+    jitter = checked_number("replace_unused", "jitter", jitter, 0.0, math.inf, like=codebook)
+    if isinstance(jitter, float) and jitter == 0 and z is None:
         raise ValueError("replace_unused: jitter must be > 0 without z, since exact copies are never chosen, got 0")
     ranks = Ranks(lib, "replace_unused", all_reduce)
     xp, dtype = lib.xp, lib.compute_dtype(codebook.dtype)
@@ -169,7 +169,11 @@ def replace_unused(
     largest = xp.max(xp.abs(sources), axis=1, keepdims=True)
     normal = xp.where(largest == 0, largest, larger(lib, largest, xp.full_like(largest, float(info.smallest_normal))))
     unit = 4 * float(info.eps) * normal * order[:, None]
-    step = jitter * deviation * e + xp.where(e < 0, -unit, unit) if jitter > 0 else xp.zeros_like(e)
+    step = jitter * deviation * e + xp.where(e < 0, -unit, unit)
+    if not isinstance(jitter, float):
+        step = xp.where(jitter > 0, step, xp.zeros_like(e))
+    elif jitter == 0:
+        step = xp.zeros_like(e)
     new, other = (lib.astype(moved, codebook.dtype) for moved in (sources + step, sources - step))
     # Next to the largest number there is room on one side only.
     new = xp.where(xp.isfinite(new), new, other)

@@ -26,13 +26,17 @@ class JaxBackend(Backend):
         super().__init__(jnp, "jax")
 
     def owns(self, x: object) -> bool:
-        return isinstance(x, jax.Array)
+        return isinstance(x, jax.Array) or hasattr(type(x), "__jax_array__")
+
+    def astype(self, x: jax.Array, dtype: Any) -> jax.Array:
+        return super().astype(_array(x), dtype)
 
     def as_indices(self, x: jax.Array) -> jax.Array:
+        x = _array(x)
         return x if x.dtype in (jnp.int32, jnp.int64) else x.astype(jnp.int32)
 
     def is_concrete(self, x: jax.Array) -> bool:
-        return not isinstance(x, jax.core.Tracer)
+        return not isinstance(_array(x), jax.core.Tracer)
 
     def copy(self, x: jax.Array) -> jax.Array:
         # Also of what cannot change: a buffer can be donated.
@@ -42,7 +46,7 @@ class JaxBackend(Backend):
         return {}
 
     def stop_gradient(self, x: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(x)
+        return jax.lax.stop_gradient(_array(x))
 
     def standard_normal(self, function: str, z: jax.Array, rng: Any) -> jax.Array:
         if rng is None:
@@ -60,7 +64,7 @@ class JaxBackend(Backend):
         return list(jax.random.split(rng, count))
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        return sharding.matmul(a, b)
+        return sharding.matmul(_array(a), _array(b))
 
     def snapshot(self, x: jax.Array) -> jax.Array:
         return x
@@ -79,7 +83,7 @@ class JaxBackend(Backend):
         return jnp.sum(bits * odd[None, :], axis=1, dtype=jnp.uint32)
 
     def take_rows(self, codebook: jax.Array, indices: jax.Array) -> jax.Array:
-        return sharding.take_rows(codebook, indices)
+        return sharding.take_rows(_array(codebook), _array(indices))
 
     def nan_where(self, condition: jax.Array, x: jax.Array) -> jax.Array:
         # No array of NaN by itself, at which `jax_debug_nans` would raise.
@@ -91,7 +95,8 @@ class JaxBackend(Backend):
     def bind(
         self, rule: Rule, z: jax.Array, codebook: jax.Array, indices: jax.Array, noise: jax.Array | None
     ) -> jax.Array:
-        return quantize(rule, *sharding.varying(z, codebook, indices, noise))
+        arrays = [x if x is None else _array(x) for x in (z, codebook, indices, noise)]
+        return quantize(rule, *sharding.varying(*arrays))
 
     def log_radius_gradients(
         self, r: Callable[[Any, Any], Any], q: jax.Array, z: jax.Array
@@ -99,6 +104,11 @@ class JaxBackend(Backend):
         log_r, pullback = jax.vjp(lambda q, z: safe_log(self, r(q, z)), q, z)
         to_q, to_z = pullback(jnp.ones_like(log_r))
         return to_q, to_z
+
+
+def _array(x: Any) -> jax.Array:
+    """What stands for an array, a parameter of a layer say, as an array."""
+    return x if isinstance(x, jax.Array) else x.__jax_array__()
 
 
 def _check_key(function: str, rng: object) -> None:

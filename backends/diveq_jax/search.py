@@ -14,6 +14,8 @@ from diveq_core.registry import backend_of
 from diveq_jax import sharding
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diveq_core.backend import Backend
 
 
@@ -67,11 +69,25 @@ def _nearest_by_product(lib: Backend, z: jax.Array, codebook: jax.Array) -> jax.
         first = jnp.min(jnp.where(scores == best[:, None], positions[None, :], positions[-1]), axis=1)
         return jnp.where(jnp.isfinite(best), canonical[first.astype(jnp.int32)], -1)
 
+    if not isinstance(z.shape[0], int):
+        return _any_number(chunk, z, lib.rows_at_least)
     rows = search.rows_per_chunk(lib, count, width)
     whole = z.shape[0] // rows * rows
     rest = chunk(z[whole:])
     # `jax.disable_jit` knows no loop of no steps.
-    if isinstance(whole, int) and whole == 0:
+    if whole == 0:
         return rest
     found = jax.lax.map(chunk, z[:whole].reshape(z.shape[0] // rows, rows, width)).reshape(whole)
     return jnp.concatenate([found, rest])
+
+
+def _any_number(chunk: Callable[[jax.Array], jax.Array], z: jax.Array, rows: int) -> jax.Array:
+    """``chunk`` of so many rows at a time, of a number of rows that an exported function leaves open."""
+    count, width = z.shape
+    # One more than are full, so that there is one for any number.
+    chunks = count // rows + 1
+    padded = jnp.pad(z, ((0, rows), (0, 0)))
+    found = jax.lax.map(
+        lambda start: chunk(jax.lax.dynamic_slice(padded, (start * rows, 0), (rows, width))), jnp.arange(chunks)
+    )
+    return found.reshape(chunks * rows)[:count]
