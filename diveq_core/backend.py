@@ -103,8 +103,11 @@ class Backend:
         device = getattr(x, "device", None)
         return {} if device is None else {"device": device}
 
-    def like(self, values: Array, x: Array) -> Array:
-        """A constant (an array of this library or of NumPy) with the dtype and on the device of ``x``."""
+    def like(self, values: Array, x: Array, entries: bytes | None = None) -> Array:
+        """A constant (an array of this library or of NumPy) with the dtype and on the device of ``x``.
+
+        ``entries`` are its own in float64, for a library that cannot always read an array of NumPy while it traces.
+        """
         if self.owns(values):
             return self.astype(values, x.dtype)
         return self.xp.asarray(values.tolist(), dtype=x.dtype, **self.place(x))

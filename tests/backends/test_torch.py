@@ -448,6 +448,8 @@ class TestCompile:
         assert_equal(exported.module()(z).detach(), codebook[dq.nearest(z, codebook)])
 
 
+MAHALANOBIS = dq.Mahalanobis(np.diag([1.0, 2.0, 3.0]))
+
 TRANSFORMS = {
     "jvp": lambda f, z: torch.func.jvp(f, (z,), (torch.cos(z),))[1],
     "jacfwd": lambda f, z: torch.func.jacfwd(f)(z),
@@ -468,7 +470,7 @@ def test_transforms_inside_a_compiled_function(name: str, backend: str):
     quantizers = [
         *(
             lambda z, e=e: dq.quantize(z, codebook, e, noise=noise.expand_as(z)).z_q
-            for e in (dq.STE(), dq.DiVeQ(), dq.Rotation(), dq.Radial(dq.PseudoHuber(0.3)))
+            for e in (dq.STE(), dq.DiVeQ(), dq.Rotation(), *map(dq.Radial, (dq.PseudoHuber(0.3), MAHALANOBIS)))
         ),
         lambda z: dq.quantize(z, codebook, dq.Residual(dq.DiVeQDetach(), 2)).z_q,
         lambda z: dq.fsq(z, [5, 4, 3]).z_q,
@@ -541,6 +543,27 @@ class TestPrecision:
             torch.set_default_dtype(torch.float32)
         assert out.z_q.dtype == drawn.dtype == torch.float32
         assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("transformed", [False, True], ids=["backward", "torch.func"])
+def test_copies_of_a_matrix_compile_once(transformed: bool):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    z, codebook, _ = problem()
+
+    def loss(z, estimator):
+        return (dq.quantize(z, codebook.detach(), estimator).z_q ** 3).sum()
+
+    def f(z, estimator):
+        return torch.func.grad(loss)(z, estimator) if transformed else loss(z, estimator)
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    estimator = dq.Radial(MAHALANOBIS)
+    for each in (estimator, copy.deepcopy(estimator), dq.Radial(dq.Mahalanobis(np.diag([1.0, 2.0, 3.0])))):
+        assert_equal(compiled(z.detach() if transformed else z, each), f(z.detach(), each), **CLOSE)
+    assert counter.frame_count == 1
+    other = dq.Radial(dq.Mahalanobis(np.diag([9.0, 2.0, 3.0])))
+    assert_equal(compiled(z.detach() if transformed else z, other), f(z.detach(), other), **CLOSE)
 
 
 def moved_by_averages(codebook, z, indices):
@@ -820,8 +843,12 @@ def test_the_search_multiplies_in_full_float32_and_leaves_the_setting(precision,
     torch.set_float32_matmul_precision(precision)
     try:
         allowed = matmul.fp32_precision
-        dq.nearest(torch.randn(8, 40), torch.randn(4, 40))
-        assert set(seen) == {"ieee"}
+        # Apart by less than TF32 and bfloat16 can tell, and than float32 can by far.
+        codebook = torch.eye(4, 40) + torch.linspace(0, 2**-12, 4)[:, None] * torch.ones(40)
+        codebook = torch.cat([codebook, codebook + 2**-12])
+        assert_equal(dq.nearest(codebook, codebook), torch.arange(8))
+        # What is not torch's product is NumPy's, which has but one precision.
+        assert set(seen) == ({"ieee"} if allowed in ("ieee", "none") else set())
         assert matmul.fp32_precision == allowed
         assert torch.get_float32_matmul_precision() == precision
     finally:
