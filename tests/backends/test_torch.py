@@ -602,6 +602,40 @@ class TestTheCodebookIsOverwritten:
         z_q.backward(g)
         assert_equal(z.grad, pullback(g)[0], **CLOSE)
 
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_in_a_compiled_function(self, backend: str):
+        """All in one graph: compiling each by itself takes as long for each."""
+        if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+            pytest.skip("inductor compiles C++ for the CPU")
+        torch._dynamo.reset()
+        z, codebook, noise = problem()
+        curve_noise = dq.CurveNoise(torch.linspace(0.1, 0.9, 4), torch.stack([noise, -noise]))
+        quantizers = [
+            *((e, noise, False) for e in (dq.STE(), dq.DiVeQ(), dq.Rotation(), dq.Radial(dq.PseudoHuber(0.3)))),
+            (dq.SFDiVeQDetach(), curve_noise, False),
+            (dq.Residual(dq.DiVeQDetach(), 2), None, False),
+            *((e, noise, True) for e in (dq.DiVeQ(), dq.Rotation())),
+        ]
+        codebooks = [codebook.detach().clone() for _ in quantizers]
+
+        def forward(z, codebooks):
+            found = []
+            for (estimator, own, cloned), words in zip(quantizers, codebooks, strict=True):
+                out = dq.quantize(z, words.clone() if cloned else words, estimator, noise=own)
+                new = moved_by_averages(words, z, out.indices.reshape(len(z), -1)[:, 0])
+                with torch.no_grad():
+                    words.copy_(new)
+                found.append(out.z_q)
+            return found
+
+        found = torch.compile(forward, fullgraph=True, backend=backend)(z, codebooks)
+        g = torch.linspace(-1, 1, 18).reshape(6, 3)
+        for (estimator, own, _), z_q, words in zip(quantizers, found, codebooks, strict=True):
+            assert not torch.equal(words, codebook)
+            (g_z,) = torch.autograd.grad(z_q, z, g, retain_graph=True)
+            assert_equal(g_z, dq.vjp(z.detach(), codebook.detach(), estimator, noise=own)[1](g)[0], **CLOSE)
+
     @pytest.mark.parametrize("composite", [dq.Residual(dq.Rotation(), 2), dq.Product(dq.DiVeQDetach(), 3)], ids=repr)
     def test_a_composite(self, composite):
         z, codebook, _ = problem()
