@@ -55,6 +55,10 @@ class Backend:
         namespace = getattr(x, "__array_namespace__", None)
         return namespace is not None and namespace() is self.xp
 
+    def unfit(self, x: Array) -> str | None:
+        """What an array of this library is that it may not be here, or None for one that serves."""
+        return None
+
     # Values and dtypes
 
     def is_floating(self, x: Array) -> bool:

@@ -63,6 +63,11 @@ class TorchBackend(Backend):
     def owns(self, x: object) -> bool:
         return isinstance(x, torch.Tensor)
 
+    def unfit(self, x: torch.Tensor) -> str | None:
+        if x.is_nested:
+            return f"a nested tensor of layout {x.layout}"
+        return None if x.layout is torch.strided else f"a tensor of layout {x.layout}"
+
     def is_floating(self, x: torch.Tensor) -> bool:
         return x.dtype.is_floating_point
 
