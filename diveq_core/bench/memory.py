@@ -61,7 +61,7 @@ def free_bytes(device: str = "cpu") -> int | None:
 
 
 def saved_bytes(estimator: dq.Estimator, problem: Problem, *, trained: bool = True) -> int:
-    """Bytes that torch keeps between forward and backward beyond ``z``, ``codebook`` and the output.
+    """Bytes that torch keeps between forward and backward beyond ``z`` and ``codebook``.
 
     Counted are the storages that the graph behind the output reaches, by what autograd saves and by what its nodes
     hold besides.
