@@ -553,6 +553,20 @@ MUTANTS = (
         "backends/test_torch.py inside_a_compiled and jvp and not aot",
     ),
     Mutant(
+        "torch: dual numbers in a compiled function have no tangent",
+        TORCH_BIND,
+        "moved = _pushed(rule, own, words, indices, noise, dz, dcodebook)",
+        "moved = torch.zeros_like(own)",
+        "backends/test_torch.py dual_numbers and inside and DiVeQ",
+    ),
+    Mutant(
+        "torch: dual numbers lost on the way into a compiled function",
+        TORCH_BIND,
+        "if not (z.requires_grad or codebook.requires_grad):",
+        "if False:",
+        "backends/test_torch.py dual_numbers and outside and DiVeQ",
+    ),
+    Mutant(
         "torch: gradients of zeros for a codebook that gets none",
         ROTATION,
         "return type(self) is not Rotation",

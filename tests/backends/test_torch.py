@@ -644,6 +644,36 @@ class TestPrecision:
         assert_equal(actual, expected)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("estimator", [dq.STE(), dq.DiVeQ(), dq.Radial(dq.PseudoHuber(0.3))], **IDS)
+@own_deprecation
+def test_dual_numbers_and_compiled_functions(estimator, backend: str, inside: bool):
+    forward_ad = torch.autograd.forward_ad
+    torch._dynamo.reset()
+    z, codebook, noise = (x.detach() for x in problem())
+    tangents = torch.cos(z), torch.sin(codebook)
+
+    def quantize(z, codebook):
+        return dq.quantize(z, codebook, estimator, noise=noise).z_q
+
+    def pushed(quantize):
+        with forward_ad.dual_level():
+            pair = (forward_ad.make_dual(*each) for each in zip((z, codebook), tangents, strict=True))
+            return forward_ad.unpack_dual(quantize(*pair))
+
+    if inside:
+        value, tangent = torch.compile(lambda: tuple(pushed(quantize)), fullgraph=True, backend=backend)()
+    else:
+        compiled = torch.compile(quantize, fullgraph=True, backend=backend)
+        compiled(z, codebook)
+        value, tangent = pushed(compiled)
+    out, expected = dq.jvp(z, codebook, *tangents, estimator, noise=noise)
+    assert_equal(value, out.z_q, **CLOSE)
+    assert tangent is not None
+    assert_equal(tangent, expected, **CLOSE)
+
+
 @pytest.mark.parametrize("transformed", [False, True], ids=["backward", "torch.func"])
 def test_copies_of_a_matrix_compile_once(transformed: bool):
     torch._dynamo.reset()
