@@ -249,6 +249,10 @@ class Backend:
         padded = xp.concat([codebook, missing])
         return xp.take(padded, xp.where(indices < 0, xp.full_like(indices, count), indices), axis=0)
 
+    def nan_where(self, condition: Array, x: Array) -> Array:
+        """``x`` with NaN where the condition holds."""
+        return self.xp.where(condition, self.xp.full_like(x, float("nan")), x)
+
     def search(self, z: Array, codebook: Array) -> Array:
         """Index of the nearest codeword, (N, D), (K, D) -> (N,); -1 for a row that is not finite."""
         return search.nearest_rows(self, z, codebook)

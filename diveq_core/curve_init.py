@@ -90,7 +90,7 @@ def tour(lib: Backend, corners: Array) -> Array:
     e = framed(lib, corners, *frame(lib, corners))
     numbers = lib.as_indices(xp.arange(e.shape[0], **lib.place(e)))
     gone = xp.zeros_like(e[:, 0])
-    far = xp.full_like(gone, float("inf"))
+    far = xp.full_like(gone, float(xp.finfo(gone.dtype).max))
     # The frame's own centre is a rounded mean.
     from_mean = e - xp.mean(e, axis=0, keepdims=True)
     order = [xp.argmax(xp.sum(from_mean * from_mean, axis=1))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from diveq_core._array import one_where
 from diveq_core.checks import check_floating, check_shape, checked_count, checked_indices, flat_rows
 from diveq_core.estimators import Radial
 from diveq_core.registry import backend_of, quiet
@@ -221,8 +222,9 @@ def perplexity(counts: Array, /) -> Array:
     xp = lib.xp
     counts = lib.astype(counts, lib.compute_dtype(counts.dtype))
     total = xp.sum(counts)
-    p = counts / xp.where(total == 0, xp.full_like(total, math.nan), total)
-    return xp.exp(-xp.sum(p * xp.log(xp.where(p == 0, xp.ones_like(p), p))))
+    p = counts / one_where(lib, total == 0, total)
+    effective = xp.exp(-xp.sum(p * xp.log(one_where(lib, p == 0, p))))
+    return lib.nan_where(total == 0, effective)
 
 
 @quiet

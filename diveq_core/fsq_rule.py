@@ -35,7 +35,7 @@ class FSQRule:
     def forward(self, z: Array, grid: Array, digits: Array, noise: None) -> Array:
         lib = self.lib
         z_q = level_of(lib, digits, self.levels, grid.dtype)
-        return lib.astype(lib.xp.where(digits < 0, lib.xp.full_like(z_q, float("nan")), z_q), z.dtype)
+        return lib.astype(lib.nan_where(digits < 0, z_q), z.dtype)
 
     def pullback(self, z: Array, grid: Array, digits: Any, noise: None, g: Array) -> tuple[Array, None]:
         return self.pushforward(z, grid, digits, noise, g, None), None

@@ -289,7 +289,7 @@ class _Frame:
             return lib.by_rows(rows, y, squares, closest, self.valid), self.ranks.sum(sums)
 
         first = self.ranks.draw(y, self.weights, positions[0, :1])
-        left, inertias = nearer(first, xp.full_like(self.weights, float("inf")))
+        left, inertias = nearer(first, xp.full_like(self.weights, float(xp.finfo(self.weights.dtype).max)))
         chosen, closest, inertia = [first], left[:, 0], inertias[0]
         for k in range(1, count):
             seeds = self.ranks.draw(y, xp.where(inertia > 0, closest, self.weights), positions[k, :])

@@ -48,9 +48,14 @@ def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     Notes
     -----
     Both sides are centred and brought to order one by a power of two before the matrix product, so a
-    common offset or a tiny scale costs no accuracy. Squared distances are right to rounding in the
-    compute dtype of the centred data; codewords that differ by less cannot be told apart, except that equal
-    ones always give the lowest index. Memory beyond the inputs is a few MiB: no N x K array exists.
+    common offset or a tiny scale costs no accuracy. With :math:`c` the centre, :math:`\epsilon` the spacing of the
+    compute dtype at 1, a the codeword chosen and b the nearest,
+
+    .. math:: \|z - E_a\|^2 - \|z - E_b\|^2 \le (2\sqrt D + 12)\,\epsilon\,(\|z - c\| + l)\,l, \qquad
+              l = \max(\|E_a - c\|, \|E_b - c\|)
+
+    in every library, whatever kernel searches (see `set_optional_kernels`). Equal codewords give the lowest index.
+    Memory beyond the inputs is a few MiB: no N x K array exists.
 
     Examples
     --------

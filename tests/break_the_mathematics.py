@@ -504,7 +504,7 @@ MUTANTS = (
     ),
     Mutant(
         "JAX: repeated indices lost",
-        JAX,
+        "backends/diveq_jax/sharding.py",
         'total.at[segments].add(values, mode="drop"',
         'total.at[segments].set(values, mode="drop"',
         bound("DiVeQ", "jax"),
@@ -639,8 +639,8 @@ MUTANTS = (
     Mutant(
         "JAX: sign of the pullback",
         JAX_BIND,
-        "ad.instantiate_zeros(g))\n    if",
-        "-ad.instantiate_zeros(g))\n    if",
+        "ad.instantiate_zeros(g))\n\n    def wanted",
+        "-ad.instantiate_zeros(g))\n\n    def wanted",
         bound("DiVeQ", "jax"),
     ),
     Mutant(
@@ -698,8 +698,8 @@ MUTANTS = (
     Mutant(
         "curve: position not clipped",
         CURVE_MODULE,
-        "xp.where(t > 1, xp.ones_like(t), t)",
-        "t",
+        "within(lib, lib.dot(d, step) / one_where(lib, squared == 0, squared), 0.0, 1.0)",
+        "lib.dot(d, step) / one_where(lib, squared == 0, squared)",
         "test_space_filling.py projection",
     ),
     Mutant(
@@ -830,8 +830,8 @@ MUTANTS = (
     Mutant(
         "search: no scale",
         SEARCH,
-        "inverse_scale = (1 / spread) * 2.0**-_HEADROOM",
-        "inverse_scale = spread / spread",
+        "return centre, xp.where(spread < 1,",
+        "return centre, xp.ones_like(spread) + 0 * xp.where(spread < 1,",
         "test_search.py (scaling_by or largest) and strict",
     ),
     Mutant(
@@ -844,8 +844,8 @@ MUTANTS = (
     Mutant(
         "search: the last of copies",
         SEARCH,
-        "xp.searchsorted(group, group)",
-        'xp.searchsorted(group, group, side="right") - 1',
+        "first = lib.as_indices(lib.first_equal(lib.row_keys(codebook)))",
+        "first = lib.as_indices(xp.arange(codebook.shape[0]))",
         "test_search.py copies_give and strict",
     ),
     Mutant(
@@ -879,9 +879,9 @@ MUTANTS = (
     Mutant(
         "faiss: vectors not centred",
         NUMPY_SEARCH,
-        "astype(e.dtype, copy=False) - centre) * inverse_scale",
-        "astype(e.dtype, copy=False)) * inverse_scale",
-        "test_search.py nearest_is_right and numpy and not without",
+        "np.subtract(z[start : start + rows], centre, dtype=e.dtype)",
+        "np.subtract(z[start : start + rows], 0 * centre, dtype=e.dtype)",
+        "test_search_accuracy.py statement and numpy and order",
     ),
     Mutant(
         "torch: a scaled sum with the scale's sign lost",
@@ -900,8 +900,8 @@ MUTANTS = (
     Mutant(
         "torch's product: not scaled",
         TORCH_SEARCH,
-        "out=y[here, :-1]).mul_(inverse_scale)",
-        "out=y[here, :-1])",
+        "search.framed_rows(lib, chunk, centre, scale)",
+        "search.framed_rows(lib, chunk, centre, scale / scale)",
         "test_search.py nearest_is_right and product",
     ),
     Mutant(
@@ -917,6 +917,69 @@ MUTANTS = (
         "if canonical is not None:",
         "if False:",
         "test_search.py round_apart and numpy",
+    ),
+    Mutant(
+        "search: far vectors not brought back",
+        SEARCH,
+        "inside = size * scale <= 2.0 ** (REACH - 2)",
+        "inside = size >= 0",
+        "test_search_accuracy.py (never_lost or statement) and strict",
+    ),
+    Mutant(
+        "search: far vectors without their weight",
+        SEARCH,
+        "xp.where(inside, xp.ones_like(size), (0.25 / scale) / own)",
+        "xp.ones_like(size)",
+        "test_search_accuracy.py (never_lost or statement) and strict",
+    ),
+    Mutant(
+        "search: differences of the largest codewords overflow",
+        SEARCH,
+        "part = xp.where(scale < 1, xp.full_like(scale, 0.25), xp.ones_like(scale))",
+        "part = xp.ones_like(scale)",
+        "test_search_accuracy.py statement and strict and overflow",
+    ),
+    Mutant(
+        "search: an infinite spread",
+        SEARCH,
+        "power_of_two(lib, xp.where(xp.isfinite(reach), reach, largest))",
+        "power_of_two(lib, reach)",
+        "test_search_accuracy.py statement and strict and overflow",
+    ),
+    Mutant(
+        "NumPy's product: far vectors not brought back",
+        NUMPY_SEARCH,
+        "        if not near:\n            y[here, :-1], y[here, -1:] =",
+        "        if False:\n            y[here, :-1], y[here, -1:] =",
+        "test_search_accuracy.py (never_lost or statement) and numpy",
+    ),
+    Mutant(
+        "NumPy's product: a weight left behind",
+        NUMPY_SEARCH,
+        "        if not near:\n            y[:, -1] = 1",
+        "        if False:\n            y[:, -1] = 1",
+        "test_search_accuracy.py left_behind",
+    ),
+    Mutant(
+        "faiss: believed for any vector",
+        NUMPY_SEARCH,
+        'far = np.flatnonzero(~(squares <= np.take(limit, chosen, mode="clip")) | (chosen < 0))',
+        "far = np.flatnonzero(chosen < 0)",
+        "test_search_accuracy.py (with_and_without or statement) and numpy",
+    ),
+    Mutant(
+        "faiss: its lost vectors are lost",
+        NUMPY_SEARCH,
+        "| (chosen < 0))",
+        "& (chosen >= 0))",
+        "test_search_accuracy.py never_lost and numpy",
+    ),
+    Mutant(
+        "NumPy: another byte order in float32",
+        NUMPY,
+        "np.float64 if dtype.itemsize == 8 else np.float32",
+        "np.float64 if dtype == np.dtype(np.float64) else np.float32",
+        "test_search_accuracy.py byte_order",
     ),
     # Losses, upkeep of codebooks and diagnostics
     Mutant(

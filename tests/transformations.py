@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import diveq_core as dq
-from capability_rows import ESTIMATORS, Estimation
+from capability_rows import ESTIMATORS, Estimation, N
 from conftest import library_named, run_python
 from reference import case_named, expression
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 
 @functools.cache
@@ -280,6 +281,65 @@ def _jax_scan(name: str) -> None:
     _compare("jax", name, _jit(jax.grad(loss, (0, 1)))(z, codebook))
 
 
+def _jax_under(setting: Callable[[], AbstractContextManager[Any]], name: str) -> None:
+    """Gradients under a setting of JAX, compiled where the setting allows it."""
+    with setting():
+        _jax_jit(name)
+
+
+def _jax_disable_jit(name: str) -> None:
+    import jax
+
+    _jax_under(jax.disable_jit, name)
+
+
+def _jax_debug_nans(name: str) -> None:
+    import jax
+
+    _jax_under(lambda: jax.debug_nans(True), name)
+
+
+def _jax_rank_promotion(name: str) -> None:
+    import jax
+
+    _jax_under(lambda: jax.numpy_rank_promotion("raise"), name)
+
+
+def _spread(name: str, kind: str) -> tuple[Any, Any, list[Any]]:
+    """A mesh, and of g, z, codebook and noise where they lie: rows over all devices that divide them."""
+    import jax
+
+    row, devices = ESTIMATORS[name], jax.devices()
+    count = len(devices) if N % len(devices) == 0 else 1
+    mesh = jax.make_mesh((count,), ("rows",), axis_types=(jax.sharding.AxisType[kind],), devices=devices[:count])
+    rows, whole = jax.sharding.PartitionSpec("rows"), jax.sharding.PartitionSpec()
+    of_noise = [
+        whole if axis is None else jax.sharding.PartitionSpec(*[None] * axis, "rows") for axis in row.noise_axes
+    ]
+    return mesh, rows, [rows, rows, whole, *of_noise]
+
+
+def _jax_explicit_mesh(name: str) -> None:
+    import jax
+
+    row, inputs, g = _in("jax", name)
+    mesh, _, specs = _spread(name, "Explicit")
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, spec) for x, spec in zip((g, *inputs), specs, strict=True)]
+        _compare("jax", name, _jit(jax.grad(lambda g, *x: _loss(row, g, *x), (1, 2)))(*placed))
+
+
+def _jax_shard_map(name: str) -> None:
+    import jax
+
+    row, inputs, g = _in("jax", name)
+    mesh, rows, specs = _spread(name, "Auto")
+    each = jax.grad(lambda g, *x: _loss(row, g, *x), (1, 2))
+    # The codebook is the same on every device, so JAX adds up what each gives it.
+    f = jax.shard_map(each, mesh=mesh, in_specs=tuple(specs), out_specs=(rows, jax.sharding.PartitionSpec()))
+    _compare("jax", name, _jit(f)(g, *inputs))
+
+
 TRANSFORMATIONS: dict[str, Callable[[str], None]] = {
     "torch: compile": _torch_compile,
     "torch: vmap": _torch_vmap,
@@ -293,6 +353,11 @@ TRANSFORMATIONS: dict[str, Callable[[str], None]] = {
     "jax: vmap": _jax_vmap,
     "jax: hessian": _jax_hessian,
     "jax: scan": _jax_scan,
+    "jax: disable_jit": _jax_disable_jit,
+    "jax: debug_nans": _jax_debug_nans,
+    "jax: rank promotion raise": _jax_rank_promotion,
+    "jax: explicit mesh": _jax_explicit_mesh,
+    "jax: shard_map": _jax_shard_map,
 }
 """Each raises where it does not hold."""
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from diveq_core._array import describe, safe_log
 from diveq_core.backend import Backend
+from diveq_jax import sharding
 from diveq_jax.bind import quantize
 from diveq_jax.search import nearest_rows
 
@@ -59,7 +60,7 @@ class JaxBackend(Backend):
         return list(jax.random.split(rng, count))
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return sharding.matmul(a, b)
 
     def snapshot(self, x: jax.Array) -> jax.Array:
         return x
@@ -68,16 +69,21 @@ class JaxBackend(Backend):
         return True
 
     def segment_add(self, total: jax.Array, values: jax.Array, segments: jax.Array) -> jax.Array:
-        return total.at[segments].add(values, mode="drop", wrap_negative_indices=False)
+        return sharding.add_rows(total, values, segments)
 
     def row_keys(self, codebook: jax.Array) -> jax.Array:
         # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.
         bits = jax.lax.bitcast_convert_type(codebook + 0.0, jnp.uint32).reshape(codebook.shape[0], -1)
         numbers = jnp.arange(1, bits.shape[1] + 1, dtype=jnp.uint32)
-        return jnp.sum(bits * (numbers * jnp.uint32(2654435769) | jnp.uint32(1)), axis=1, dtype=jnp.uint32)
+        odd = numbers * jnp.uint32(2654435769) | jnp.uint32(1)
+        return jnp.sum(bits * odd[None, :], axis=1, dtype=jnp.uint32)
 
     def take_rows(self, codebook: jax.Array, indices: jax.Array) -> jax.Array:
-        return codebook.at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return sharding.take_rows(codebook, indices)
+
+    def nan_where(self, condition: jax.Array, x: jax.Array) -> jax.Array:
+        # No array of NaN by itself, at which `jax_debug_nans` would raise.
+        return jnp.where(condition, jnp.nan, x)
 
     def search(self, z: jax.Array, codebook: jax.Array) -> jax.Array:
         return nearest_rows(self.stop_gradient(z), self.stop_gradient(codebook))
@@ -85,7 +91,7 @@ class JaxBackend(Backend):
     def bind(
         self, rule: Rule, z: jax.Array, codebook: jax.Array, indices: jax.Array, noise: jax.Array | None
     ) -> jax.Array:
-        return quantize(rule, z, codebook, indices, noise)
+        return quantize(rule, *sharding.varying(z, codebook, indices, noise))
 
     def log_radius_gradients(
         self, r: Callable[[Any, Any], Any], q: jax.Array, z: jax.Array

@@ -60,10 +60,13 @@ def _(*operands: Any, rule: Any) -> Any:
 def _transpose(g: Any, *operands: Any, rule: Any) -> list[Any]:
     z, codebook, indices, *noise, dz, dcodebook = operands
     g_z, g_codebook = rule.pullback(z, codebook, indices, noise[0] if noise else None, ad.instantiate_zeros(g))
-    if g_codebook is None:
-        g_codebook = jnp.zeros(codebook.shape, codebook.dtype)
-    wanted = [g if ad.is_undefined_primal(x) else None for x, g in ((dz, g_z), (dcodebook, g_codebook))]
-    return [None] * (len(operands) - 2) + wanted
+
+    def wanted(x: Any, g: Any) -> Any:
+        if not ad.is_undefined_primal(x):
+            return None
+        return ad.Zero(x.aval) if g is None else g
+
+    return [None] * (len(operands) - 2) + [wanted(dz, g_z), wanted(dcodebook, g_codebook)]
 
 
 ad.primitive_transposes[pushforward_p] = _transpose

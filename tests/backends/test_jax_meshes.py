@@ -1,0 +1,76 @@
+"""JAX on several devices: arrays over an explicit mesh, and `jax.shard_map` with its checks, as gradients take it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from conftest import run_python
+
+pytest.importorskip("jax")
+
+
+@pytest.fixture
+def _five_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=5")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+@pytest.mark.usefixtures("_five_devices")
+@pytest.mark.parametrize("transformation", ["jax: explicit mesh", "jax: shard_map"])
+def test_gradients_on_five_devices(transformation: str):
+    code = """
+        import sys
+        import jax
+        from transformations import ESTIMATORS, TRANSFORMATIONS
+
+        assert len(jax.devices()) == 5
+        for name in ESTIMATORS:
+            TRANSFORMATIONS[sys.argv[1]](name)
+        print(len(ESTIMATORS))
+    """
+    assert int(run_python(code, transformation)) > 10
+
+
+@pytest.mark.usefixtures("_five_devices")
+def test_the_other_calls_on_an_explicit_mesh():
+    code = """
+        import dataclasses
+        import jax
+        import numpy as np
+        import diveq_core as dq
+        from capabilities import cell
+        from capability_rows import ROWS, listed
+        from conftest import library_named
+        from jax.sharding import PartitionSpec
+
+        library = library_named("jax")
+
+        def placed(x):
+            rows = np.ndim(x) > 0 and len(x) == 5
+            return jax.device_put(jax.numpy.asarray(x), PartitionSpec("rows") if rows else PartitionSpec())
+
+        # What draws from all vectors, or cuts them in pieces, is given a mesh that JAX divides by itself.
+        drawn = {"project, decode_curve", "curve_init", "kmeans", "kmeans_plus_plus", "replace_unused"}
+        others = [name for name in ROWS if name not in drawn and "SFDiVeQ" not in name]
+        with jax.set_mesh(jax.make_mesh((5,), ("rows",))):
+            for name in others:
+                cell(name, dataclasses.replace(library, to=placed))
+            for name in sorted(drawn):
+                row = ROWS[name]
+                inputs = row.draw(np.random.default_rng(7))
+                here = [placed(x) if i else jax.device_put(x, PartitionSpec()) for i, x in enumerate(inputs)]
+                if len(inputs[0]) % 5 == 0:
+                    here[0] = jax.device_put(inputs[0], PartitionSpec("rows"))
+                f = jax.sharding.auto_axes(row.forward, out_sharding=PartitionSpec())
+                for actual, expected in zip(listed(f(*here)), listed(row.forward(*inputs)), strict=True):
+                    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+            many = np.random.default_rng(0).standard_normal((5, 3000, 3), dtype=np.float32)
+            words = many[0, :7]
+            np.testing.assert_array_equal(dq.nearest(placed(many), placed(words)), dq.nearest(many, words))
+            by_vmap = jax.jit(jax.vmap(lambda z: dq.nearest(z, placed(words))))(placed(many))
+            np.testing.assert_array_equal(by_vmap, dq.nearest(many, words))
+        print(len(others))
+    """
+    assert int(run_python(code)) > 20
