@@ -55,6 +55,10 @@ class Backend:
         namespace = getattr(x, "__array_namespace__", None)
         return namespace is not None and namespace() is self.xp
 
+    def unfit(self, x: Array) -> str | None:
+        """What an array of this library is that it may not be here, or None for one that serves."""
+        return None
+
     # Values and dtypes
 
     def is_floating(self, x: Array) -> bool:
@@ -103,8 +107,11 @@ class Backend:
         device = getattr(x, "device", None)
         return {} if device is None else {"device": device}
 
-    def like(self, values: Array, x: Array) -> Array:
-        """A constant (an array of this library or of NumPy) with the dtype and on the device of ``x``."""
+    def like(self, values: Array, x: Array, entries: bytes | None = None) -> Array:
+        """A constant (an array of this library or of NumPy) with the dtype and on the device of ``x``.
+
+        ``entries`` are its own in float64, for a library that cannot always read an array of NumPy while it traces.
+        """
         if self.owns(values):
             return self.astype(values, x.dtype)
         return self.xp.asarray(values.tolist(), dtype=x.dtype, **self.place(x))

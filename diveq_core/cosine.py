@@ -65,7 +65,8 @@ def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
     -------
     normalized : array (..., D)
     pullback : callable
-        ``pullback(g)`` takes the cotangent of the result and gives that of ``x``, both (..., D).
+        ``pullback(g)`` takes the cotangent of the result and gives that of ``x``, both (..., D). ``x`` (which may
+        be a codebook) and the result may have been overwritten by then.
 
     Raises
     ------
@@ -81,13 +82,13 @@ def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
     array([[0.5, 0. ]])
     """
     lib = _check("normalize_vjp", x)
-    _, u = _polar(lib, x)
+    kept = lib.snapshot(x)
 
     def pullback(g: Array, /) -> Array:
-        check_like(lib, "pullback", "g", g, x, "x")
-        return _across(lib, u, g, x)
+        check_like(lib, "pullback", "g", g, kept, "x")
+        return _across(lib, _polar(lib, kept)[1], g, kept)
 
-    return lib.xp.reshape(lib.astype(u, x.dtype), tuple(x.shape)), pullback
+    return lib.xp.reshape(lib.astype(_polar(lib, x)[1], x.dtype), tuple(x.shape)), pullback
 
 
 @quiet

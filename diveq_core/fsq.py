@@ -101,7 +101,8 @@ def fsq_vjp(
     -------
     out : Quantized
     pullback : callable
-        ``pullback(g)`` takes the cotangent of ``z_q`` and gives that of ``z``, (..., D) both.
+        ``pullback(g)`` takes the cotangent of ``z_q`` and gives that of ``z``, (..., D) both; ``z`` must stay as it
+        was.
 
     Raises
     ------

@@ -127,7 +127,7 @@ def gumbel_vjp(
     pullback : callable
         ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_logits, g_codebook)``, (..., K) and
         (K, D), in the dtypes of ``logits`` and ``codebook``. A row of logits that is not finite adds nothing to
-        ``g_codebook``.
+        ``g_codebook``. The codebook may have been overwritten by then; ``logits`` and ``noise`` must stay as they were.
 
     Raises
     ------

@@ -129,7 +129,7 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
     codebook : array (K, D)
     pullback : callable
         ``pullback(g_codebook)`` takes what the pullback of `vjp` gives, (K, D), and returns ``(g_frozen, g_weight)``,
-        (K, D) and (D, D).
+        (K, D) and (D, D). Both factors may have been overwritten by then.
 
     Raises
     ------
@@ -146,6 +146,8 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
            [2., 0.]])
     """
     lib = _check_factors("linear_codebook_vjp", frozen, weight)
+    product = _product(lib, frozen, weight)
+    frozen, weight = lib.snapshot(frozen), lib.snapshot(weight)
 
     def pullback(g: Array, /) -> tuple[Array, Array]:
         check_like(lib, "pullback", "g", g, frozen, "codebook")
@@ -153,7 +155,7 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
         transposed = lib.xp.permute_dims
         return _product(lib, g, transposed(weight, (1, 0))), _product(lib, transposed(frozen, (1, 0)), g)
 
-    return _product(lib, frozen, weight), pullback
+    return product, pullback
 
 
 @quiet

@@ -132,7 +132,8 @@ def codebook_loss_vjp(
     -------
     loss : array ()
     pullback : callable
-        ``pullback(g)`` takes the cotangent of the loss, (), and gives that of the codebook, (K, D).
+        ``pullback(g)`` takes the cotangent of the loss, (), and gives that of the codebook, (K, D). The codebook may
+        have been overwritten by then; the other arguments must stay as they were.
 
     Raises
     ------
@@ -149,11 +150,11 @@ def codebook_loss_vjp(
     array([[0., 2.]])
     """
     call = _Loss("codebook_loss_vjp", z, codebook, indices, mask)
-    loss = call.value(z, codebook)
+    loss, words = call.value(z, codebook), call.lib.snapshot(codebook)
 
     def pullback(g: Array, /) -> Array:
-        rows = -call.slope(loss, g, z, codebook)
-        return call.lib.astype(call.lib.segment_sum(rows, call.indices, codebook.shape[0]), codebook.dtype)
+        rows = -call.slope(loss, g, z, words)
+        return call.lib.astype(call.lib.segment_sum(rows, call.indices, words.shape[0]), words.dtype)
 
     return loss, pullback
 
@@ -175,7 +176,8 @@ def commitment_loss_vjp(
     -------
     loss : array ()
     pullback : callable
-        ``pullback(g)`` takes the cotangent of the loss, (), and gives that of ``z``, (..., D).
+        ``pullback(g)`` takes the cotangent of the loss, (), and gives that of ``z``, (..., D). The codebook may have
+        been overwritten by then; the other arguments must stay as they were.
 
     Raises
     ------
@@ -192,10 +194,10 @@ def commitment_loss_vjp(
     array([[ 0., -2.]])
     """
     call = _Loss("commitment_loss_vjp", z, codebook, indices, mask)
-    loss = call.value(z, codebook)
+    loss, words = call.value(z, codebook), call.lib.snapshot(codebook)
 
     def pullback(g: Array, /) -> Array:
-        rows = call.slope(loss, g, z, codebook)
+        rows = call.slope(loss, g, z, words)
         return call.lib.xp.reshape(call.lib.astype(rows, z.dtype), tuple(z.shape))
 
     return loss, pullback

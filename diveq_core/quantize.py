@@ -165,7 +165,7 @@ def vjp(
     pullback : callable
         ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_z, g_codebook)``, (..., D) and
         (K, D), in the dtypes of ``z`` and ``codebook``. It may be called any number of times, also after the codebook
-        was overwritten; ``z`` and ``noise`` must stay as they were.
+        was overwritten; the other arguments must stay as they were.
 
     Raises
     ------

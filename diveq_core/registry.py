@@ -114,7 +114,11 @@ def quiet(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _serving(function: str, name: str, x: Array) -> Backend:
-    return _registered(x) or _standard(function, name, x)
+    backend = _registered(x) or _standard(function, name, x)
+    unfit = backend.unfit(x)
+    if unfit is not None:
+        raise TypeError(f"{function}: {name} must be a dense array with one size along each axis, got {unfit}")
+    return backend
 
 
 def _registered(x: object) -> Backend | None:

@@ -126,6 +126,8 @@ def page(before: str) -> str:
             "Gradients under each are NumPy's too. Derivatives of second order are compared with those of the",
             "explicit pullback, differentiated once, and of `Residual` with its stop-gradient expression's.",
             '`compile` is `torch.compile(fullgraph=True, backend="aot_eager")`, of all estimators in one graph.',
+            'What is said to be in it is a transformation inside one graph of each, under `backend="eager"`.',
+            "`FSDP2` is `fully_shard` of a module with the codebook as its parameter, in a group of one process.",
             "",
             *_table("estimator", ESTIMATORS, list(TRANSFORMATIONS), tried_transformation),
             "",

@@ -441,3 +441,29 @@ def test_the_pullback_is_that_of_the_codebook_that_was_used(name: str, estimator
     codebook[...] = library.to(3 * words[::-1].copy())
     for actual, wanted in zip(pullback(library.to(g)), expected, strict=True):
         assert_close(actual, wanted, library, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["numpy", "array_api_strict", "mlx", "torch"])
+@pytest.mark.parametrize("function", ["codebook_loss", "commitment_loss", "linear_codebook", "normalize", "gumbel"])
+def test_what_makes_a_codebook_may_be_overwritten_before_other_pullbacks(name: str, function: str) -> None:
+    library, rng = library_named(name), np.random.default_rng(0)
+    z, words, weight, logits = (rng.standard_normal(s).astype(np.float32) for s in ((6, 3), (5, 3), (3, 3), (6, 5)))
+    indices, one = rng.integers(0, 5, 6), np.asarray(1.0, dtype=np.float32)
+    calls, overwritten, g = {
+        "codebook_loss": (lambda c: dq.codebook_loss_vjp(to(z), c, to(indices)), [words], one),
+        "commitment_loss": (lambda c: dq.commitment_loss_vjp(to(z), c, to(indices)), [words], one),
+        "linear_codebook": (dq.linear_codebook_vjp, [words, weight], words),
+        "normalize": (dq.normalize_vjp, [words], words),
+        "gumbel": (lambda c: dq.gumbel_vjp(to(logits), c, dq.GumbelST(), noise=to(logits)), [words], z),
+    }[function]
+    to = np.asarray
+    expected = calls(*overwritten)[1](g)
+    to = np.array if name == "numpy" else library.to
+    # array_api_strict may share NumPy's memory.
+    arrays = [to(x.copy()) for x in overwritten]
+    out, pullback = calls(*arrays)
+    for x in (*arrays, *([out] if function == "normalize" else [])):
+        x[...] = to(np.full(x.shape, 7.0, dtype=np.float32))
+    actual = pullback(to(g))
+    for a, wanted in zip(*(x if isinstance(x, tuple) else (x,) for x in (actual, expected)), strict=True):
+        assert_close(a, wanted, library, rtol=1e-5, atol=1e-5)

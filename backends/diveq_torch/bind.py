@@ -90,10 +90,13 @@ def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) ->
         if torch._C._are_functorch_transforms_active():
             return _traced(rule, z, codebook, indices, noise)
         if forward_ad._current_level >= 0:
-            (z, dz), (codebook, dcodebook) = forward_ad.unpack_dual(z), forward_ad.unpack_dual(codebook)
+            (own, dz), (words, dcodebook) = forward_ad.unpack_dual(z), forward_ad.unpack_dual(codebook)
             if dz is not None or dcodebook is not None:
-                moved = _pushed(rule, z, codebook, indices, noise, dz, dcodebook)
-                return forward_ad.make_dual(_bound(_Reverse, rule, z, codebook, indices, noise), moved)
+                moved = _pushed(rule, own, words, indices, noise, dz, dcodebook)
+                return forward_ad.make_dual(_bound(_Reverse, rule, own, words, indices, noise), moved)
+            if not (z.requires_grad or codebook.requires_grad):
+                # Dynamo does not see tangents that come from outside.
+                return _in_operations(rule, z, codebook, indices, noise)
         return _bound(_Reverse, rule, z, codebook, indices, noise)
     if rule.constant or torch._C._are_functorch_transforms_active() or not _is_fixed(rule, codebook):
         return _bound(_Both, rule, z, codebook, indices, noise)
@@ -157,8 +160,16 @@ def _traced(rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
         with level.lower():
             out = quantize(rule, *inner)
     else:
-        inner = [z.detach(), codebook.detach(), indices, None if noise is None else noise.detach()]
-        out = rule.forward(*inner)
+        return _in_operations(rule, z, codebook, indices, noise)
+    return _moved(rule, z, codebook, inner, out)
+
+
+def _in_operations(rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
+    inner = [z.detach(), codebook.detach(), indices, None if noise is None else noise.detach()]
+    return _moved(rule, z, codebook, inner, rule.forward(*inner))
+
+
+def _moved(rule: Any, z: Any, codebook: Any, inner: list[Any], out: Any) -> Any:
     moved = rule.pushforward(*inner, inner[0] - z, inner[1] - codebook)
     # Subtracted, as adding a zero would lose the sign of another one; of what is not finite no zero is left.
     return out - (torch.where((moved == moved) | out.isnan(), moved, 0.0) + 0.0)

@@ -447,6 +447,107 @@ class TestCompile:
         exported = torch.export.export(Quantizer(dq.DiVeQDetach(), codebook), (z,))
         assert_equal(exported.module()(z).detach(), codebook[dq.nearest(z, codebook)])
 
+    def test_an_exported_program_is_loaded_in_another_process(self, tmp_path):
+        z, codebook, _ = (x.detach() for x in problem())
+        exported = torch.export.export(Quantizer(dq.DiVeQDetach(), codebook), (z,))
+        torch.export.save(exported, tmp_path / "program.pt2")
+        torch.save((z, codebook[dq.nearest(z, codebook)]), tmp_path / "expected.pt")
+        code = """
+            import pathlib, sys, warnings
+            warnings.simplefilter("ignore")
+            import torch
+            import diveq_torch
+            folder = pathlib.Path(sys.argv[1])
+            z, expected = torch.load(folder / "expected.pt")
+            print(torch.equal(torch.export.load(folder / "program.pt2").module()(z), expected))
+        """
+        assert run_python(code, str(tmp_path)) == "True\n"
+
+
+REFUSED = {
+    "jagged": lambda x: torch.nested.as_nested_tensor([x[:2], x[2:]], layout=torch.jagged),
+    "nested": lambda x: torch.nested.as_nested_tensor([x[:2], x[2:]], layout=torch.strided),
+    "sparse_coo": torch.Tensor.to_sparse,
+    "sparse_csr": torch.Tensor.to_sparse_csr,
+}
+VERBS = {
+    "nearest": dq.nearest,
+    "quantize": lambda z, c: dq.quantize(z, c, dq.STE()),
+    "vjp": lambda z, c: dq.vjp(z, c, dq.Residual(dq.DiVeQ(), 2)),
+    "jvp": lambda z, c: dq.jvp(z, c, z, c, dq.STE()),
+    "fsq": lambda z, c: dq.fsq(z, [5, 4, 3]),
+    "normalize": lambda z, c: dq.normalize(z),
+    "nearest_cosine": dq.nearest_cosine,
+    "codebook_loss": lambda z, c: dq.codebook_loss(z, c, torch.zeros(6, dtype=torch.int64)),
+    "gumbel_quantize": lambda z, c: dq.gumbel_quantize(z, c[:3], dq.GumbelST()),
+    "linear_codebook": lambda z, c: dq.linear_codebook(z, c[:3]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning", "ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize("layout", REFUSED)
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_not_dense_is_refused(verb: str, layout: str):
+    z, codebook, _ = (x.detach() for x in problem())
+    with pytest.raises(
+        TypeError, match=rf"^{verb}: .* must be a dense array .*, got a (nested )?tensor of layout torch"
+    ):
+        VERBS[verb](REFUSED[layout](z), codebook)
+
+
+def test_sharding_by_fsdp(tmp_path):
+    """In a process of its own, whose group has no other."""
+    code = """
+        import sys
+        import numpy as np
+        import torch
+        import diveq_core as dq
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        class Quantizer(torch.nn.Module):
+            def __init__(self, estimator):
+                super().__init__()
+                generator = torch.Generator().manual_seed(0)
+                self.codebook = torch.nn.Parameter(torch.randn(8, 3, generator=generator))
+                self.weight = torch.nn.Parameter(torch.eye(3))
+                self.estimator = estimator
+
+            def forward(self, z, noise):
+                return dq.quantize(z @ self.weight, self.codebook, self.estimator, noise=noise).z_q @ self.weight
+
+        torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=0, world_size=1)
+        mesh = init_device_mesh("cpu", (1,))
+        radii = (dq.Power(), dq.PseudoHuber(), dq.PNorm(), dq.Mahalanobis(np.diag([1.0, 2.0, 3.0])), dq.Cosine())
+        estimators = [dq.STE(), dq.NSVQ(), dq.DiVeQ(), dq.DiVeQDetach(), dq.Rotation(), *map(dq.Radial, radii)]
+        z, noise = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1))
+        for estimator in (*estimators, dq.Residual(dq.DiVeQDetach(), 2)):
+            pair = [Quantizer(estimator), Quantizer(estimator)]
+            fully_shard(pair[1], mesh=mesh)
+            optimizers = [torch.optim.SGD(module.parameters(), 0.1) for module in pair]
+            own = None if isinstance(estimator, dq.Residual) else noise
+            for _ in range(2):
+                for module, optimizer in zip(pair, optimizers):
+                    optimizer.zero_grad()
+                    module(z, own).pow(3).sum().backward()
+                whole = pair[0].codebook.grad
+                whole = torch.zeros(8, 3) if whole is None else whole
+                assert isinstance(pair[1].codebook, torch.distributed.tensor.DTensor)
+                sharded = pair[1].codebook.grad
+                sharded = torch.zeros(8, 3) if sharded is None else sharded.full_tensor()
+                torch.testing.assert_close(sharded, whole)
+                assert (whole != 0).any() == (estimator not in (dq.STE(), dq.Rotation()))
+                torch.testing.assert_close(pair[1].weight.grad.full_tensor(), pair[0].weight.grad)
+                for optimizer in optimizers:
+                    optimizer.step()
+                torch.testing.assert_close(pair[1].codebook.full_tensor(), pair[0].codebook)
+        torch.distributed.destroy_process_group()
+        print("done")
+    """
+    assert run_python(code, str(tmp_path)) == "done\n"
+
+
+MAHALANOBIS = dq.Mahalanobis(np.diag([1.0, 2.0, 3.0]))
 
 TRANSFORMS = {
     "jvp": lambda f, z: torch.func.jvp(f, (z,), (torch.cos(z),))[1],
@@ -468,7 +569,7 @@ def test_transforms_inside_a_compiled_function(name: str, backend: str):
     quantizers = [
         *(
             lambda z, e=e: dq.quantize(z, codebook, e, noise=noise.expand_as(z)).z_q
-            for e in (dq.STE(), dq.DiVeQ(), dq.Rotation(), dq.Radial(dq.PseudoHuber(0.3)))
+            for e in (dq.STE(), dq.DiVeQ(), dq.Rotation(), *map(dq.Radial, (dq.PseudoHuber(0.3), MAHALANOBIS)))
         ),
         lambda z: dq.quantize(z, codebook, dq.Residual(dq.DiVeQDetach(), 2)).z_q,
         lambda z: dq.fsq(z, [5, 4, 3]).z_q,
@@ -543,6 +644,57 @@ class TestPrecision:
         assert_equal(actual, expected)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("estimator", [dq.STE(), dq.DiVeQ(), dq.Radial(dq.PseudoHuber(0.3))], **IDS)
+@own_deprecation
+def test_dual_numbers_and_compiled_functions(estimator, backend: str, inside: bool):
+    forward_ad = torch.autograd.forward_ad
+    torch._dynamo.reset()
+    z, codebook, noise = (x.detach() for x in problem())
+    tangents = torch.cos(z), torch.sin(codebook)
+
+    def quantize(z, codebook):
+        return dq.quantize(z, codebook, estimator, noise=noise).z_q
+
+    def pushed(quantize):
+        with forward_ad.dual_level():
+            pair = (forward_ad.make_dual(*each) for each in zip((z, codebook), tangents, strict=True))
+            return forward_ad.unpack_dual(quantize(*pair))
+
+    if inside:
+        value, tangent = torch.compile(lambda: tuple(pushed(quantize)), fullgraph=True, backend=backend)()
+    else:
+        compiled = torch.compile(quantize, fullgraph=True, backend=backend)
+        compiled(z, codebook)
+        value, tangent = pushed(compiled)
+    out, expected = dq.jvp(z, codebook, *tangents, estimator, noise=noise)
+    assert_equal(value, out.z_q, **CLOSE)
+    assert tangent is not None
+    assert_equal(tangent, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("transformed", [False, True], ids=["backward", "torch.func"])
+def test_copies_of_a_matrix_compile_once(transformed: bool):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    z, codebook, _ = problem()
+
+    def loss(z, estimator):
+        return (dq.quantize(z, codebook.detach(), estimator).z_q ** 3).sum()
+
+    def f(z, estimator):
+        return torch.func.grad(loss)(z, estimator) if transformed else loss(z, estimator)
+
+    compiled = torch.compile(f, fullgraph=True, backend=counter)
+    estimator = dq.Radial(MAHALANOBIS)
+    for each in (estimator, copy.deepcopy(estimator), dq.Radial(dq.Mahalanobis(np.diag([1.0, 2.0, 3.0])))):
+        assert_equal(compiled(z.detach() if transformed else z, each), f(z.detach(), each), **CLOSE)
+    assert counter.frame_count == 1
+    other = dq.Radial(dq.Mahalanobis(np.diag([9.0, 2.0, 3.0])))
+    assert_equal(compiled(z.detach() if transformed else z, other), f(z.detach(), other), **CLOSE)
+
+
 def moved_by_averages(codebook, z, indices):
     """What moving averages write, far from what was there."""
     return dq.ema_update(dq.ema_init(codebook), codebook, z.detach(), indices, decay=0.1)[1] * 3
@@ -578,6 +730,43 @@ class TestTheCodebookIsOverwritten:
         g = torch.linspace(-1, 1, 18).reshape(6, 3)
         z_q.backward(g)
         assert_equal(z.grad, pullback(g)[0], **CLOSE)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_in_a_compiled_function(self, backend: str):
+        """All in one graph: compiling each by itself takes as long for each."""
+        if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
+            pytest.skip("inductor compiles C++ for the CPU")
+        torch._dynamo.reset()
+        z, codebook, noise = problem()
+        curve_noise = dq.CurveNoise(torch.linspace(0.1, 0.9, 4), torch.stack([noise, -noise]))
+        quantizers = [
+            *((e, noise, False) for e in (dq.STE(), dq.DiVeQ(), dq.Rotation(), dq.Radial(dq.PseudoHuber(0.3)))),
+            (dq.SFDiVeQDetach(), curve_noise, False),
+            (dq.Residual(dq.DiVeQDetach(), 2), None, False),
+            *((e, noise, True) for e in (dq.DiVeQ(), dq.Rotation())),
+        ]
+        if backend == "inductor":
+            # It takes seconds for each, and what it does to writes it does to all alike.
+            quantizers = [quantizers[2], quantizers[-2]]
+        codebooks = [codebook.detach().clone() for _ in quantizers]
+
+        def forward(z, codebooks):
+            found = []
+            for (estimator, own, cloned), words in zip(quantizers, codebooks, strict=True):
+                out = dq.quantize(z, words.clone() if cloned else words, estimator, noise=own)
+                new = moved_by_averages(words, z, out.indices.reshape(len(z), -1)[:, 0])
+                with torch.no_grad():
+                    words.copy_(new)
+                found.append(out.z_q)
+            return found
+
+        found = torch.compile(forward, fullgraph=True, backend=backend)(z, codebooks)
+        g = torch.linspace(-1, 1, 18).reshape(6, 3)
+        for (estimator, own, _), z_q, words in zip(quantizers, found, codebooks, strict=True):
+            assert not torch.equal(words, codebook)
+            (g_z,) = torch.autograd.grad(z_q, z, g, retain_graph=True)
+            assert_equal(g_z, dq.vjp(z.detach(), codebook.detach(), estimator, noise=own)[1](g)[0], **CLOSE)
 
     @pytest.mark.parametrize("composite", [dq.Residual(dq.Rotation(), 2), dq.Product(dq.DiVeQDetach(), 3)], ids=repr)
     def test_a_composite(self, composite):
@@ -820,8 +1009,12 @@ def test_the_search_multiplies_in_full_float32_and_leaves_the_setting(precision,
     torch.set_float32_matmul_precision(precision)
     try:
         allowed = matmul.fp32_precision
-        dq.nearest(torch.randn(8, 40), torch.randn(4, 40))
-        assert set(seen) == {"ieee"}
+        # Apart by less than TF32 and bfloat16 can tell, and than float32 can by far.
+        codebook = torch.eye(4, 40) + torch.linspace(0, 2**-12, 4)[:, None] * torch.ones(40)
+        codebook = torch.cat([codebook, codebook + 2**-12])
+        assert_equal(dq.nearest(codebook, codebook), torch.arange(8))
+        # What is not torch's product is NumPy's, which has but one precision.
+        assert set(seen) == ({"ieee"} if allowed in ("ieee", "none") else set())
         assert matmul.fp32_precision == allowed
         assert torch.get_float32_matmul_precision() == precision
     finally:
