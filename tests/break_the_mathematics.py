@@ -607,8 +607,8 @@ MUTANTS = (
     Mutant(
         "residual: the residual not reduced",
         RESIDUAL,
-        "residual = residual - outs[-1].z_q",
-        "residual = residual",
+        "residual = residual - stages[-1][0]\n        return",
+        "residual = residual + 0\n        return",
         "test_compose.py autograd",
     ),
     Mutant(
@@ -617,6 +617,41 @@ MUTANTS = (
         "g_q = g if g_residual is None else g - g_residual",
         "g_q = g",
         "test_compose.py autograd",
+    ),
+    Mutant(
+        "residual: computed in 16 bits",
+        RESIDUAL,
+        "dtype = lib.compute_dtype(lib.result_dtype(z, codebook))",
+        "dtype = lib.result_dtype(z, codebook)",
+        "test_compose_dtypes.py bit_for_bit and numpy",
+    ),
+    Mutant(
+        "residual: decoded in the dtype of the codebook",
+        RESIDUAL,
+        "max(lib.compute_dtype(dtype), lib.compute_dtype(codebook.dtype), key=lambda x: lib.xp.finfo(x).bits)",
+        "codebook.dtype",
+        "test_compose_dtypes.py bit_for_bit and numpy",
+    ),
+    Mutant(
+        "residual: a dropped stage decodes to NaN",
+        RESIDUAL,
+        "lib.xp.where(dropped, lib.xp.zeros_like(q), q)",
+        "q",
+        "test_compose_dtypes.py dropped_stage_adds and numpy",
+    ),
+    Mutant(
+        "residual: a dropped stage gets the gradient",
+        RESIDUAL,
+        "pullback_of_stage(stage.kept(g_q))",
+        "pullback_of_stage(g_q)",
+        "test_compose_dtypes.py passes_by_a_dropped and numpy",
+    ),
+    Mutant(
+        "residual: a dropped stage moves what is left",
+        RESIDUAL,
+        "self.lib.xp.where(self.dropped, self.lib.xp.zeros_like(x), x)",
+        "x",
+        "test_compose_dtypes.py dropped_stage_adds and numpy",
     ),
     Mutant(
         "product: groups overlap",
