@@ -95,6 +95,7 @@ ROTATION, SPACE_FILLING = (f"diveq_core/{name}.py" for name in ("rotation", "spa
 RESIDUAL, PRODUCT = (f"diveq_core/{name}.py" for name in ("residual", "product"))
 CURVE_MODULE, FSQ = (f"diveq_core/{name}.py" for name in ("curve", "fsq"))
 FSQ_RULE, GUMBEL_RULE = (f"diveq_core/{name}.py" for name in ("fsq_rule", "gumbel_rule"))
+GUMBEL = "diveq_core/gumbel.py"
 CUSTOM_RADIUS = "diveq_core/custom_radius.py"
 LOSSES, CODEBOOK, LINEAR = (f"diveq_core/{name}.py" for name in ("losses", "codebook", "linear"))
 COMPOSE, REPLACEMENT = "diveq_core/compose.py", "diveq_core/replacement.py"
@@ -681,6 +682,20 @@ MUTANTS = (
         "kept = zero_rows(lib, lib.xp.expand_dims(indices < 0, axis=1), g)",
         "kept = g",
         "test_gumbel.py not_finite_adds and jax",
+    ),
+    Mutant(
+        "Gumbel: a codeword excluded loses the row",
+        GUMBEL,
+        "xp.all(there | (xp.isinf(total) & (total < 0)), axis=-1)",
+        "xp.all(there, axis=-1)",
+        "test_gumbel.py excludes_its_codeword and torch",
+    ),
+    Mutant(
+        "Gumbel: a row without codewords has a first",
+        GUMBEL,
+        " & xp.any(there, axis=-1)",
+        "",
+        "test_gumbel.py nothing_left and numpy",
     ),
     Mutant("Gumbel: y y^T lost", GUMBEL_RULE, "y * (x - self.lib.dot(y, x))", "y * x", "test_gumbel.py torch"),
     # Pushforwards of these
