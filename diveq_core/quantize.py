@@ -203,7 +203,10 @@ def vjp(
         words = None if rule.constant else lib.snapshot(codebook)
 
         def pull(g: Array) -> tuple[Array, Array]:
-            g_z, g_codebook = rule.pullback(call.z, words, call.indices, call.noise, flat_rows(lib, g))
+            rows = flat_rows(lib, g)
+            g_z, g_codebook = rule.pullback(call.z, words, call.indices, call.noise, rows)
+            if g_z is rows:
+                g_z = lib.copy(g_z)
             if g_codebook is None:
                 g_codebook = lib.xp.zeros_like(codebook)
             return lib.xp.reshape(g_z, z.shape), g_codebook
@@ -274,7 +277,10 @@ def jvp(
     rule = call.rule
     _check_tangents(rule.lib, z, codebook, dz, dcodebook)
     out = call.quantized(rule.forward(call.z, codebook, call.indices, call.noise))
-    tangent = rule.pushforward(call.z, codebook, call.indices, call.noise, flat_rows(rule.lib, dz), dcodebook)
+    rows = flat_rows(rule.lib, dz)
+    tangent = rule.pushforward(call.z, codebook, call.indices, call.noise, rows, dcodebook)
+    if tangent is rows:
+        tangent = rule.lib.copy(tangent)
     return out, rule.lib.xp.reshape(tangent, out.z_q.shape)
 
 
