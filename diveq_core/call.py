@@ -72,9 +72,10 @@ class Call:
         if indices is None:
             return lib.search(self.z, points)
         backend_of(function, z=self.z, indices=indices)
-        indices = checked_indices(lib, function, indices, points.shape[0], bound=bound)
-        check_shape(function, "indices", indices, self.shape[:-1], "z without its last axis")
-        return lib.xp.reshape(indices, (self.z.shape[0],))
+        found = checked_indices(lib, function, indices, points.shape[0], bound=bound)
+        check_shape(function, "indices", found, self.shape[:-1], "z without its last axis")
+        # They are returned, and what is returned shares no memory with what was given.
+        return lib.xp.reshape(lib.copy(found) if found is indices else found, (self.z.shape[0],))
 
 
 def check_estimator(function: str, estimator: object) -> None:

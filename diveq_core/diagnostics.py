@@ -196,7 +196,7 @@ def perplexity(counts: Array, /) -> Array:
     Parameters
     ----------
     counts : array (K,)
-        Counts or weights, as `usage` gives them, possibly summed over batches.
+        Counts or weights, as `usage` gives them, possibly summed over batches; integers, as `bincount` gives, too.
 
     Returns
     -------
@@ -206,7 +206,7 @@ def perplexity(counts: Array, /) -> Array:
     Raises
     ------
     TypeError, ValueError
-        If the counts are not real floating, or not of shape (K,).
+        If the counts are neither real floating nor integers, or not of shape (K,).
 
     Examples
     --------
@@ -215,12 +215,8 @@ def perplexity(counts: Array, /) -> Array:
     >>> round(float(dq.perplexity(np.array([3.0, 3.0, 0.0]))), 6)
     2.0
     """
-    lib = backend_of("perplexity", counts=counts)
-    check_floating(lib, "perplexity", counts=counts)
-    if counts.ndim != 1:
-        raise ValueError(f"perplexity: counts must have shape (K,), got {tuple(counts.shape)}")
+    lib, counts = _checked_counts("perplexity", counts)
     xp = lib.xp
-    counts = lib.astype(counts, lib.compute_dtype(counts.dtype))
     total = xp.sum(counts)
     p = counts / one_where(lib, total == 0, total)
     effective = xp.exp(-xp.sum(p * xp.log(one_where(lib, p == 0, p))))
@@ -255,11 +251,19 @@ def used_share(counts: Array, /) -> Array:
     >>> float(dq.used_share(np.array([3.0, 1.0, 0.0, 0.0])))
     0.5
     """
-    lib = backend_of("used_share", counts=counts)
-    check_floating(lib, "used_share", counts=counts)
+    lib, counts = _checked_counts("used_share", counts)
+    return lib.xp.mean(lib.astype(counts > 0, counts.dtype))
+
+
+def _checked_counts(function: str, counts: Array) -> tuple[Backend, Array]:
+    """Counts (K,) in their compute dtype; whole numbers in float32, which is that of `usage`."""
+    lib = backend_of(function, counts=counts)
+    whole = lib.is_integer(counts)
+    if not whole:
+        check_floating(lib, function, counts=counts)
     if counts.ndim != 1:
-        raise ValueError(f"used_share: counts must have shape (K,), got {tuple(counts.shape)}")
-    return lib.xp.mean(lib.astype(counts > 0, lib.compute_dtype(counts.dtype)))
+        raise ValueError(f"{function}: counts must have shape (K,), got {tuple(counts.shape)}")
+    return lib, lib.astype(counts, lib.xp.float32 if whole else lib.compute_dtype(counts.dtype))
 
 
 def _price(lib: Backend, g: Array, z: Array, q: Array) -> Array:

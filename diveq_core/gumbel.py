@@ -67,6 +67,7 @@ def gumbel_quantize(
     ----------
     logits : array (..., K)
         Unnormalized log-probabilities in any real floating dtype; float16 and bfloat16 are computed in float32.
+        A codeword whose logit is -inf is never chosen, and adds nothing to the gradient of the row.
     codebook : array (K, D)
     estimator : GumbelST
     noise : array (..., K), optional
@@ -74,13 +75,14 @@ def gumbel_quantize(
     rng : optional
         The library's own generator, from which noise is drawn if none is given, as in `quantize`.
     check_finite : bool, optional
-        Whether to refuse NaN and infinity. By default NumPy does, and the others do not.
+        Whether to refuse NaN and infinity, but not -inf in ``logits``. By default NumPy does, and the others do not.
 
     Returns
     -------
     Quantized
         ``z_q`` (..., D), in the result dtype of ``logits`` and ``codebook``, the codeword bit for bit, and
-        ``indices`` (...); ties go to the lowest. A row of logits that is not finite gives NaN and -1.
+        ``indices`` (...); ties go to the lowest. A row of logits that holds NaN or +inf, or -inf alone, gives NaN and
+        -1.
 
     Raises
     ------
@@ -242,7 +244,10 @@ class _Call:
                 f"{function}: logits must have shape (..., K) with K = {count} as in the codebook "
                 f"{tuple(codebook.shape)}, got {tuple(logits.shape)}"
             )
-        refuse_not_finite(lib, function, finite, logits=logits, codebook=codebook)
+        # Codewords may be excluded by -inf; all of a row leave nothing to choose, which the result shows.
+        excluded = lib.xp.isinf(logits) & (logits < 0)
+        known = lib.xp.where(excluded, lib.xp.zeros_like(logits), logits)
+        refuse_not_finite(lib, function, finite, logits=known, codebook=codebook)
         if noise is not None:
             check_like(lib, function, "noise", noise, logits, "logits")
         xp = lib.xp
@@ -253,7 +258,8 @@ class _Call:
         self.shape = (*(int(n) for n in logits.shape[:-1]), codebook.shape[1])
         self.logits, self.noise = flat_rows(lib, logits), flat_rows(lib, noise)
         total = lib.astype(lib.stop_gradient(self.logits), dtype) + lib.astype(self.noise, dtype)
-        whole = xp.all(xp.isfinite(total), axis=-1)
+        there = xp.isfinite(total)
+        whole = xp.all(there | (xp.isinf(total) & (total < 0)), axis=-1) & xp.any(there, axis=-1)
         # MLX has no argmax of no rows.
         chosen = xp.argmax(total, axis=-1) if total.shape[0] > 0 else xp.asarray([0], **lib.place(total))[:0]
         chosen = lib.as_indices(chosen)

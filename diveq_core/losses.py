@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from diveq_core._array import one_where
 from diveq_core.checks import check_like, check_pair, check_shape, checked_indices, flat_rows
+from diveq_core.codebook import check_single
 from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class _Loss:
 
     def __init__(self, function: str, z: Array, codebook: Array, indices: Array, mask: Array | None) -> None:
         lib = backend_of(function, z=z, codebook=codebook, indices=indices)
+        check_single(function, codebook)
         check_pair(lib, function, z, codebook)
         indices = checked_indices(lib, function, indices, codebook.shape[0])
         check_shape(function, "indices", indices, tuple(z.shape[:-1]), "z without its last axis")

@@ -89,7 +89,8 @@ def quantize(
     Parameters
     ----------
     z : array (..., D)
-        Vectors to quantize, for instance an encoder's output.
+        Vectors to quantize, for instance an encoder's output. They lie along the last axis, whatever the axes mean:
+        move the channels of images (B, C, H, W) there first, and those of ``z_q`` back.
     codebook : array (K, D)
     estimator : Estimator, Residual or Product
         `STE`, `NSVQ`, `DiVeQ`, `DiVeQDetach`, `Radial` or `Rotation`; `SFDiVeQ` or `SFDiVeQDetach`, whose indices
@@ -102,15 +103,16 @@ def quantize(
         The library's own generator, from which noise is drawn if none is given: `numpy.random.Generator`,
         `torch.Generator`, a JAX key, a CuPy generator. Without either, the library's default stream; JAX has none.
     indices : integer array (...), optional
-        Codewords to use instead of the nearest; -1 gives NaN.
+        Codewords to use instead of the nearest; -1 gives NaN, or marks a dropped stage of a `Residual`.
     check_finite : bool, optional
         Whether to refuse NaN and infinity in ``z`` and ``codebook``; see `nearest`.
 
     Returns
     -------
     Quantized
-        ``z_q`` (..., D), in the result dtype of ``z`` and ``codebook``, and ``indices`` (...). A hard estimator
-        returns the codeword bit for bit. A vector that is not finite gives NaN.
+        ``z_q`` (..., D), in the result dtype of ``z`` and ``codebook`` (in mixed precision cast it to that of ``z``,
+        which a codebook of float32 widens), and ``indices`` (...). A hard estimator returns the codeword bit for bit.
+        A vector that is not finite gives NaN.
 
     Raises
     ------
@@ -125,6 +127,13 @@ def quantize(
     >>> import diveq_core as dq
     >>> dq.quantize(np.array([[0.2, 0.1]]), np.array([[0.0, 0.0], [1.0, 1.0]]), dq.DiVeQDetach())
     Quantized(z_q=array([[0., 0.]]), indices=array([0]))
+
+    Images with their channels first:
+
+    >>> images, codebook = np.ones((2, 3, 8, 8)), np.zeros((16, 3))
+    >>> out = dq.quantize(np.moveaxis(images, 1, -1), codebook, dq.STE())
+    >>> np.moveaxis(out.z_q, -1, 1).shape, out.indices.shape
+    ((2, 3, 8, 8), (2, 8, 8))
     """
     if isinstance(estimator, Composite):
         lib = estimator.check("quantize", z, codebook)
@@ -199,7 +208,10 @@ def vjp(
         words = None if rule.constant else lib.snapshot(codebook)
 
         def pull(g: Array) -> tuple[Array, Array]:
-            g_z, g_codebook = rule.pullback(call.z, words, call.indices, call.noise, flat_rows(lib, g))
+            rows = flat_rows(lib, g)
+            g_z, g_codebook = rule.pullback(call.z, words, call.indices, call.noise, rows)
+            if g_z is rows:
+                g_z = lib.copy(g_z)
             if g_codebook is None:
                 g_codebook = lib.xp.zeros_like(codebook)
             return lib.xp.reshape(g_z, z.shape), g_codebook
@@ -270,7 +282,10 @@ def jvp(
     rule = call.rule
     _check_tangents(rule.lib, z, codebook, dz, dcodebook)
     out = call.quantized(rule.forward(call.z, codebook, call.indices, call.noise))
-    tangent = rule.pushforward(call.z, codebook, call.indices, call.noise, flat_rows(rule.lib, dz), dcodebook)
+    rows = flat_rows(rule.lib, dz)
+    tangent = rule.pushforward(call.z, codebook, call.indices, call.noise, rows, dcodebook)
+    if tangent is rows:
+        tangent = rule.lib.copy(tangent)
     return out, rule.lib.xp.reshape(tangent, out.z_q.shape)
 
 

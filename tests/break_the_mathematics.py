@@ -95,6 +95,7 @@ ROTATION, SPACE_FILLING = (f"diveq_core/{name}.py" for name in ("rotation", "spa
 RESIDUAL, PRODUCT = (f"diveq_core/{name}.py" for name in ("residual", "product"))
 CURVE_MODULE, FSQ = (f"diveq_core/{name}.py" for name in ("curve", "fsq"))
 FSQ_RULE, GUMBEL_RULE = (f"diveq_core/{name}.py" for name in ("fsq_rule", "gumbel_rule"))
+GUMBEL = "diveq_core/gumbel.py"
 CUSTOM_RADIUS = "diveq_core/custom_radius.py"
 LOSSES, CODEBOOK, LINEAR = (f"diveq_core/{name}.py" for name in ("losses", "codebook", "linear"))
 COMPOSE, REPLACEMENT = "diveq_core/compose.py", "diveq_core/replacement.py"
@@ -705,8 +706,8 @@ MUTANTS = (
     Mutant(
         "residual: the residual not reduced",
         RESIDUAL,
-        "residual = residual - outs[-1].z_q",
-        "residual = residual",
+        "residual = residual - stages[-1][0]\n        return",
+        "residual = residual + 0\n        return",
         "test_compose.py autograd",
     ),
     Mutant(
@@ -715,6 +716,41 @@ MUTANTS = (
         "g_q = g if g_residual is None else g - g_residual",
         "g_q = g",
         "test_compose.py autograd",
+    ),
+    Mutant(
+        "residual: computed in 16 bits",
+        RESIDUAL,
+        "dtype = lib.compute_dtype(lib.result_dtype(z, codebook))",
+        "dtype = lib.result_dtype(z, codebook)",
+        "test_compose_dtypes.py bit_for_bit and numpy",
+    ),
+    Mutant(
+        "residual: decoded in the dtype of the codebook",
+        RESIDUAL,
+        "max(lib.compute_dtype(dtype), lib.compute_dtype(codebook.dtype), key=lambda x: lib.xp.finfo(x).bits)",
+        "codebook.dtype",
+        "test_compose_dtypes.py bit_for_bit and numpy",
+    ),
+    Mutant(
+        "residual: a dropped stage decodes to NaN",
+        RESIDUAL,
+        "lib.xp.where(dropped, lib.xp.zeros_like(q), q)",
+        "q",
+        "test_compose_dtypes.py dropped_stage_adds and numpy",
+    ),
+    Mutant(
+        "residual: a dropped stage gets the gradient",
+        RESIDUAL,
+        "pullback_of_stage(stage.kept(g_q))",
+        "pullback_of_stage(g_q)",
+        "test_compose_dtypes.py passes_by_a_dropped and numpy",
+    ),
+    Mutant(
+        "residual: a dropped stage moves what is left",
+        RESIDUAL,
+        "self.lib.xp.where(self.dropped, self.lib.xp.zeros_like(x), x)",
+        "x",
+        "test_compose_dtypes.py dropped_stage_adds and numpy",
     ),
     Mutant(
         "product: groups overlap",
@@ -744,6 +780,20 @@ MUTANTS = (
         "kept = zero_rows(lib, lib.xp.expand_dims(indices < 0, axis=1), g)",
         "kept = g",
         "test_gumbel.py not_finite_adds and jax",
+    ),
+    Mutant(
+        "Gumbel: a codeword excluded loses the row",
+        GUMBEL,
+        "xp.all(there | (xp.isinf(total) & (total < 0)), axis=-1)",
+        "xp.all(there, axis=-1)",
+        "test_gumbel.py excludes_its_codeword and torch",
+    ),
+    Mutant(
+        "Gumbel: a row without codewords has a first",
+        GUMBEL,
+        " & xp.any(there, axis=-1)",
+        "",
+        "test_gumbel.py nothing_left and numpy",
     ),
     Mutant("Gumbel: y y^T lost", GUMBEL_RULE, "y * (x - self.lib.dot(y, x))", "y * x", "test_gumbel.py torch"),
     # Pushforwards of these

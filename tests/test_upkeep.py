@@ -223,6 +223,35 @@ def test_results_have_memory_of_their_own(name: str, library_name: str) -> None:
 
 
 @pytest.mark.parametrize("library_name", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        *(dq.STE(), dq.Rotation(), dq.DiVeQDetach(), dq.DiVeQ(0.1), dq.NSVQ(), dq.Radial(dq.Cosine())),
+        *(dq.Residual(dq.STE(), 1), dq.Residual(dq.STE(), 2), dq.Product(dq.STE(), 1), dq.Product(dq.STE(), 2)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("rows", [5, 30000])
+def test_derivatives_and_given_indices_are_no_views(rows: int, estimator: object, library_name: str) -> None:
+    library = library_named(library_name)
+    rng = np.random.default_rng(0)
+    parts = estimator.parts if isinstance(estimator, dq.Residual | dq.Product) else None
+    width = D // parts if isinstance(estimator, dq.Product) else D
+    z, g, dz = (library.to(rng.standard_normal((rows, D)).astype("f4")) for _ in range(3))
+    codebook, dcodebook = (library.to(rng.standard_normal((K, width)).astype("f4")) for _ in range(2))
+    given = dq.quantize(z, codebook, dq.STE()).indices if parts is None else None
+    given = library.to(np.zeros((rows, parts), int)) if given is None else given
+    noise = rng.standard_normal((rows, D)).astype("f4")
+    noise = library.to(np.stack([noise] * parts) if isinstance(estimator, dq.Residual) else noise)
+    options = {"noise": noise, "indices": given}
+    out, pullback = dq.vjp(z, codebook, estimator, **options)
+    moved, tangent = dq.jvp(z, codebook, dz, dcodebook, estimator, **options)
+    results = [*dq.quantize(z, codebook, estimator, **options), *out, *pullback(g), *pullback(g), *moved, tangent]
+    assert not any(share(x, y) for x in results for y in (z, g, dz, codebook, dcodebook, noise, given))
+    assert not any(share(x, y) for k, x in enumerate(results) for y in results[:k])
+
+
+@pytest.mark.parametrize("library_name", ["numpy", "torch", "jax"])
 def test_upkeep_that_changes_nothing_is_a_copy(library_name: str) -> None:
     library = library_named(library_name)
     z, codebook = (library.to(x.astype(np.float32)) for x in (normal(N, D), normal(K, D)))
