@@ -132,7 +132,8 @@ class Residual(Composite):
 
     def decode(self, lib: Backend, verb: Callable[..., Any], indices: Array, codebook: Array, dtype: Any) -> Array:
         # No float32 rounds what a codebook of float64 holds, whatever is asked for.
-        wide = max(lib.compute_dtype(dtype), lib.compute_dtype(codebook.dtype), key=lambda x: lib.xp.finfo(x).bits)
+        asked, held = lib.compute_dtype(dtype), lib.compute_dtype(codebook.dtype)
+        wide = asked if lib.xp.finfo(asked).bits > lib.xp.finfo(held).bits else held
         # In the order of quantize, so that the sum rounds alike.
         parts, (total, *others) = self.decoded_parts(lib, verb, indices, codebook, wide)
         for part, q in zip(parts[1:], others, strict=True):

@@ -727,8 +727,8 @@ MUTANTS = (
     Mutant(
         "residual: decoded in the dtype of the codebook",
         RESIDUAL,
-        "max(lib.compute_dtype(dtype), lib.compute_dtype(codebook.dtype), key=lambda x: lib.xp.finfo(x).bits)",
-        "codebook.dtype",
+        "wide = asked if lib.xp.finfo(asked).bits > lib.xp.finfo(held).bits else held",
+        "wide = codebook.dtype",
         "test_compose_dtypes.py bit_for_bit and numpy",
     ),
     Mutant(

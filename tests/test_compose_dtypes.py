@@ -281,3 +281,19 @@ def test_numpy_refuses_what_wraps_to_the_mark() -> None:
     words = np.ones((2, K, D))
     with pytest.raises(ValueError, match=r"^decode: indices must lie in \[0, K\) with K = 6, .* 18446744073709551615"):
         dq.decode(np.array([[1, 2**64 - 1]], np.uint64), words, dq.Residual(dq.STE(), 2))
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_decoding_and_given_indices_compile(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    estimator, shape = COMPOSITES[name]
+    generator = torch.Generator().manual_seed(0)
+    z, words = (torch.randn(s, generator=generator) for s in ((N, D), shape))
+    indices = dq.quantize(z, words, estimator).indices
+    indices[: N // 2, 1] = -1
+    options = {"fullgraph": True, "backend": "eager"}
+    decoded = dq.decode(indices, words, estimator)
+    again = torch.compile(lambda i: dq.decode(i, words, estimator), **options)(indices)
+    torch.testing.assert_close(again, decoded, rtol=0, atol=0, equal_nan=True)
+    given = torch.compile(lambda z, i: dq.quantize(z, words, estimator, indices=i).z_q, **options)(z, indices)
+    torch.testing.assert_close(given, decoded, rtol=0, atol=0, equal_nan=True)
