@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from diveq_core._array import describe, safe_log
 from diveq_core.backend import Backend
-from diveq_mlx.bind import add_rows, quantize
+from diveq_mlx.bind import quantize
 from diveq_mlx.search import nearest_rows
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ class MlxBackend(Backend):
         return list(mx.random.split(rng, count))
 
     def segment_add(self, total: mx.array, values: mx.array, segments: mx.array) -> mx.array:
-        return add_rows(total, values, segments)
+        # One segment more takes the rows whose segment is negative.
+        count, width = total.shape
+        kept = mx.stop_gradient(mx.where(segments < 0, count, segments))
+        padded = mx.concatenate([total, mx.zeros((1, width), total.dtype)])
+        return padded.at[kept].add(values)[:count]
 
     def first_equal(self, x: mx.array) -> mx.array:
         # Not by searchsorted, over whose sorted numbers MLX cannot vmap.

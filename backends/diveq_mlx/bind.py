@@ -59,20 +59,3 @@ def mapped(function: Callable[..., mx.array], operands: Any, axes: Any) -> mx.ar
     rows[1] = operands[1]
     out = function(*rows)
     return out.reshape(size, batched[0].shape[1], *out.shape[1:])
-
-
-@mx.custom_function
-def add_rows(total: mx.array, values: mx.array, segments: mx.array) -> mx.array:
-    """``Backend.segment_add``."""
-    # One segment more takes the rows whose segment is negative.
-    count, width = total.shape
-    kept = mx.stop_gradient(mx.where(segments < 0, count, segments))
-    padded = mx.concatenate([total, mx.zeros((1, width), total.dtype)])
-    return padded.at[kept].add(values)[:count]
-
-
-@add_rows.jvp
-def _(operands: Any, tangents: Any) -> mx.array:
-    # MLX's scatter has no forward mode of its own.
-    moved = [mx.zeros_like(x) if dx is None else dx for x, dx in zip(operands[:2], tangents[:2], strict=True)]
-    return add_rows(*moved, operands[2])
