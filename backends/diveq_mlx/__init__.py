@@ -26,6 +26,14 @@ class MlxBackend(Backend):
     def owns(self, x: object) -> bool:
         return isinstance(x, mx.array)
 
+    def is_concrete(self, x: mx.array) -> bool:
+        # Inside compile and vmap an evaluation is refused, and MLX has no other way to ask.
+        try:
+            mx.eval(x)
+        except ValueError:
+            return False
+        return True
+
     def stop_gradient(self, x: mx.array) -> mx.array:
         return mx.stop_gradient(x)
 

@@ -125,3 +125,12 @@ def test_a_key_and_the_default_stream():
     assert np.array_equal(draw(mx.random.key(3)), draw(mx.random.key(3)))
     with pytest.raises(TypeError, match=r"rng must be an MLX key, uint32 of shape \(2,\), got an array"):
         draw(mx.random.split(mx.random.key(0), 3))
+
+
+@pytest.mark.parametrize("transformation", ["compile", "vmap"])
+def test_values_that_cannot_be_read_yet(transformation: str):
+    z, codebook = mx.array(Z[0]), mx.array(CODEBOOK[0])
+    fitted = lambda z: dq.kmeans(z, codebook, iterations=3).codebook  # noqa: E731
+    wanted = np.asarray(fitted(z))
+    found = mx.compile(fitted)(z) if transformation == "compile" else mx.vmap(fitted)(mx.stack([z, z]))[0]
+    assert_same([found], [wanted])
