@@ -39,7 +39,7 @@ def pytest_sessionstart(session):
     settings.register_profile("mutants", parent=suite, database=None, report_multiple_bugs=False, phases=phases)
     settings.load_profile("mutants")
     here = pathlib.Path(__file__).parent
-    for name in ("diveq_core", "diveq_numpy", "diveq_torch", "diveq_jax"):
+    for name in ("diveq_core", "diveq_numpy", "diveq_torch", "diveq_jax", "diveq_mlx"):
         assert here in pathlib.Path(importlib.util.find_spec(name).origin).parents, f"{name} is not the copy"
 
 def pytest_collectreport(report):
@@ -511,6 +511,27 @@ MUTANTS = (
         bound("DiVeQ", "jax"),
     ),
     # Bindings
+    Mutant(
+        "MLX: the gradient flows through a stop-gradient",
+        "backends/diveq_mlx/__init__.py",
+        "        return mx.stop_gradient(x)\n",
+        "        return x\n",
+        "backends/test_mlx.py losses",
+    ),
+    Mutant(
+        "MLX: the codebook's cotangent lost",
+        "backends/diveq_mlx/bind.py",
+        "        if g_codebook is None:\n",
+        "        if True:\n",
+        bound("DiVeQ", "mlx"),
+    ),
+    Mutant(
+        "MLX: vmap takes the first codebook for all",
+        "backends/diveq_mlx/bind.py",
+        "    if axes[1] is not None:\n",
+        "    if axes[1] is not None and not (operands := (operands[0], batched[1][0])):\n",
+        "backends/test_mlx.py vmap",
+    ),
     Mutant(
         "torch: backward is straight-through",
         TORCH_BIND,

@@ -63,9 +63,12 @@ def _autodiff(library: Library, row: Row, inputs: list[Any], g: Any) -> tuple[An
         listed(row.forward(*leaves))[0].backward(g)
         zeros = [library.to(np.zeros(x.shape, np.float32)) for x in inputs]
         return tuple(zeros[i] if leaves[i].grad is None else leaves[i].grad for i in row.to)
-    import jax
-
-    return jax.grad(lambda *x: (listed(row.forward(*x))[0] * g).sum(), row.to)(*inputs)
+    if library.name == "mlx":
+        from mlx.core import grad
+    else:
+        from jax import grad
+    found = grad(lambda *x: (listed(row.forward(*x))[0] * g).sum(), row.to)(*inputs)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def columns() -> dict[str, Library | None]:

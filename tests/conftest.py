@@ -101,7 +101,8 @@ def _mlx() -> Library:
     def back(x: Any) -> np.ndarray:
         return np.asarray(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
-    return Library("mlx", lambda x: mx.array(np.asarray(x)), back, float64=False, bfloat16=mx.bfloat16)
+    to = lambda x: mx.array(np.asarray(x))  # noqa: E731
+    return Library("mlx", to, back, float64=False, differentiates=True, bfloat16=mx.bfloat16)
 
 
 def _torch() -> Library:
