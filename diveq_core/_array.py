@@ -133,12 +133,15 @@ def lengths_in_range(shortest: float, longest: float, *, double: bool) -> bool:
     return 1 / limit < shortest and longest < limit
 
 
-def in_blocks(empty: Callable[..., Array], rows: int, function: Callable[..., Array], *arrays: Array | None) -> Array:
-    """``function`` of blocks of so many rows of the arrays, in one result made by ``empty``.
+def in_blocks(
+    empty: Callable[..., Array], entries: int, function: Callable[..., Array], *arrays: Array | None
+) -> Array:
+    """``function`` of blocks of rows of the arrays, of about so many entries, in one result made by ``empty``.
 
     Temporaries of one block stay in cache, where those of all rows would each cost a trip to memory.
     """
-    count = next(x.shape[0] for x in arrays if x is not None)
+    count, width = next((x.shape[0], x.shape[-1]) for x in arrays if x is not None)
+    rows = max(entries // width, 1)
     if count <= rows:
         return function(*arrays)
     result = None

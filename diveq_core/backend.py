@@ -122,7 +122,7 @@ class Backend:
 
     def snapshot(self, x: Array) -> Array:
         """``x`` as it is now, whatever is written to it later: a copy, where arrays can be written to."""
-        return self.xp.asarray(x, copy=True)
+        return self.copy(x)
 
     def records(self, *arrays: Array) -> bool:
         """Whether derivatives of what is computed from the arrays may be asked for."""

@@ -38,6 +38,16 @@ def check_codebook(function: str, codebook: Array, *, at_least: int = 1) -> None
         )
 
 
+def check_single(function: str, codebook: Array) -> None:
+    """Check that a codebook is (K, D), and say what to do with several in one array."""
+    if codebook.ndim > 2:
+        raise ValueError(
+            f"{function}: codebook must have shape (K, D), got {tuple(codebook.shape)}; call it for each stage or "
+            f"group, with the vectors that this one quantizes"
+        )
+    check_codebook(function, codebook)
+
+
 def check_pair(lib: Backend, function: str, z: Array, codebook: Array, *, at_least: int = 1) -> None:
     """Check the shapes and dtypes of ``z`` (..., D) and ``codebook`` (K, D)."""
     check_floating(lib, function, z=z, codebook=codebook)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from diveq_core._array import Array, describe, larger, smaller
 from diveq_core.checks import (
-    check_codebook,
     check_floating,
     check_pair,
     check_shape,
+    check_single,
     checked_indices,
     checked_number,
     flat_rows,
@@ -130,6 +130,7 @@ def ema_update(
     This is :math:`E_k = s_k / n_k` with :math:`s_k \leftarrow m s_k + (1-m)\sum z_n`, rearranged: both moving
     averages carry the same bias, which their quotient loses, and a codeword that was not chosen (:math:`c_k = 0`)
     keeps its value bit for bit, from the first step on. Nothing divides by a small count, so no smoothing is needed.
+    Sums that overflow are not written; that takes several ranks, and vectors near the largest number far from the codebook.
 
     It is also, exactly, a step of stochastic gradient descent on the codebook loss
     :math:`\tfrac12\sum_n \|E_{i_n} - \operatorname{sg}[z_n]\|^2` with learning rate :math:`(1-m)/n_k` for codeword
@@ -165,6 +166,7 @@ def ema_update(
     means = _means(lib, state, codebook)
     segments = xp.reshape(indices, (math.prod(indices.shape),))
     rows, dtype = flat_rows(lib, lib.stop_gradient(z)), means.dtype
+    # On several ranks only what all of them know: the vectors would take another collective.
     scale = _scale(lib, means, rows if all_reduce is None else None)
     scaled = means * scale
     total = xp.zeros((codebook.shape[0], codebook.shape[1] + 1), dtype=dtype, **lib.place(means))
@@ -217,16 +219,6 @@ def _means(lib: Backend, state: EMAState, codebook: Array) -> Array:
     """The state's codewords, or the codebook's where that was changed since."""
     kept = lib.astype(state.means, codebook.dtype) == codebook
     return lib.xp.where(kept, state.means, lib.astype(codebook, state.means.dtype))
-
-
-def check_single(function: str, codebook: Array) -> None:
-    """Check that a codebook is (K, D), and say what to do with several in one array."""
-    if codebook.ndim > 2:
-        raise ValueError(
-            f"{function}: codebook must have shape (K, D), got {tuple(codebook.shape)}; call it for each stage or "
-            f"group, with the vectors that this one quantizes"
-        )
-    check_codebook(function, codebook)
 
 
 def check_state(lib: Backend, function: str, state: EMAState, codebook: Array) -> None:

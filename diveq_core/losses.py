@@ -12,8 +12,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from diveq_core._array import one_where
-from diveq_core.checks import check_like, check_pair, check_shape, checked_indices, flat_rows
-from diveq_core.codebook import check_single
+from diveq_core.checks import check_like, check_pair, check_shape, check_single, checked_indices, flat_rows
 from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:

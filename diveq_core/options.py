@@ -31,6 +31,8 @@ def optional_kernels() -> bool:
 def set_optional_kernels(enabled: bool, /) -> bool:
     """Allow or forbid kernels of optional packages, in this process, from the next search on.
 
+    What `jax.jit` has compiled already keeps its kernel.
+
     Parameters
     ----------
     enabled : bool

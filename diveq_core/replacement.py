@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diveq_core._array import larger, power_of_two
-from diveq_core.checks import check_floating, check_pair, check_shape, checked_number, flat_rows
-from diveq_core.codebook import EMAState, check_single, check_state
+from diveq_core.checks import check_floating, check_pair, check_shape, check_single, checked_number, flat_rows
+from diveq_core.codebook import EMAState, check_state
 from diveq_core.ranks import Ranks, drawn_noise, finite_rows, uniform
 from diveq_core.registry import backend_of, quiet
 from diveq_core.spread import spread

@@ -113,7 +113,7 @@ class Rule:
             nonlocal total
             g_z, *g_words = self._cotangents(z, q, noise, g)
             if total is not None:
-                total = self._spread(total, indices, *g_words)
+                total = self._scattered(total, indices, *g_words)
             return lib.astype(g_z, self.z_dtype)
 
         g_z = self._by_rows(rows, codebook, indices, z, noise, g)
@@ -148,10 +148,10 @@ class Rule:
         return self.estimator.forward(self.lib, z, q, noise)
 
     def _cotangents(self, z: Any, q: Any, noise: Any, g: Any) -> tuple[Array, Any]:
-        """``g_z``, and what `_spread` takes."""
+        """``g_z``, and what `_scattered` takes."""
         return self.estimator.vjp(self.lib, z, q, noise, g)
 
-    def _spread(self, total: Array, indices: Array | None, g_q: Array | None) -> Array:
+    def _scattered(self, total: Array, indices: Array | None, g_q: Array | None) -> Array:
         """The codebook's cotangent so far, (K, D), and that of some rows."""
         return total if g_q is None else self.lib.segment_add(total, g_q, indices)
 

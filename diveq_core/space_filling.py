@@ -205,7 +205,7 @@ class CurveRule(Rule):
     def _cotangents(self, z: Any, q: Any, noise: Any, g: Any) -> tuple[Array, Any, Any]:  # type: ignore[override]
         return self.estimator.curve_vjp(self.lib, z, _ends(q), *_unpacked(noise), g)
 
-    def _spread(self, total: Array, indices: Any, g_1: Any, g_2: Any) -> Array:  # type: ignore[override]
+    def _scattered(self, total: Array, indices: Any, g_1: Any, g_2: Any) -> Array:  # type: ignore[override]
         total = self.lib.segment_add(total, g_1, indices)
         return self.lib.segment_add(total, g_2, _following(self.lib, indices))
 

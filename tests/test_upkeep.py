@@ -70,7 +70,7 @@ def test_kmeans_is_the_same_at_every_scale(exponent: int) -> None:
     found = dq.kmeans(scaled, K, noise=noise)
     np.testing.assert_array_equal(found.indices, expected.indices)
     back = np.ldexp(found.codebook, -exponent)
-    np.testing.assert_allclose(back, expected.codebook, rtol=1e-12, atol=1.0 if exponent < -1022 else 1e-13)
+    np.testing.assert_allclose(back, expected.codebook, rtol=1e-12, atol=0.5 if exponent < -1022 else 1e-13)
 
 
 def test_a_codeword_that_does_not_move_is_as_it_was(library: Library) -> None:
@@ -181,7 +181,8 @@ def test_nothing_is_raised_for_overflow_or_underflow(name: str, dtype: str) -> N
                 outs += listed(row.jvp(*inputs, *(inputs[i] for i in row.to)))
             if row.decode is not None:
                 outs += listed(row.decode(*inputs))
-        assert len(outs) > 0
+        if scale == 1.0:
+            assert all(np.isfinite(x).all() for x in outs)
 
 
 @pytest.mark.parametrize("name", ["torch", "jax"])

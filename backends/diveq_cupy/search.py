@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SOURCE = r"""
 const int TILE = 128, DEPTH = 16, THREADS = 256, SIDE = 16, PATCH = 8;
-const float LIMIT = 0x1p58f;
+const float LIMIT = LARGEST;
 
 extern "C" __global__ void __launch_bounds__(256, 2) nearest(
     const float* __restrict__ z, const float* __restrict__ e, const float* __restrict__ half_squares,
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) nearest(
         found[row0 + r] = lost[r] ? -1 : canonical[index];
     }
 }
-"""
+""".replace("LARGEST", f"{2.0 ** (search.REACH - 2)!r}f")
 
 # Rows of the kernel's tile, and how many threads share it.
 _TILE, _THREADS = 128, 256

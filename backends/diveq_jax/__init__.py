@@ -16,7 +16,7 @@ from diveq_jax.search import nearest_rows
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.rule import Rule
+    from diveq_core.rule import Bindable
 
 
 class JaxBackend(Backend):
@@ -93,7 +93,7 @@ class JaxBackend(Backend):
         return nearest_rows(self.stop_gradient(z), self.stop_gradient(codebook))
 
     def bind(
-        self, rule: Rule, z: jax.Array, codebook: jax.Array, indices: jax.Array, noise: jax.Array | None
+        self, rule: Bindable, z: jax.Array, codebook: jax.Array, indices: jax.Array, noise: jax.Array | None
     ) -> jax.Array:
         arrays = [x if x is None else _array(x) for x in (z, codebook, indices, noise)]
         return quantize(rule, *sharding.varying(*arrays))

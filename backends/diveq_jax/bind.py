@@ -17,17 +17,17 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 if TYPE_CHECKING:
-    from diveq_core.rule import Rule
+    from diveq_core.rule import Bindable
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def quantize(rule: Rule, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
+def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
     """``rule.forward``, differentiable."""
     return rule.forward(z, codebook, indices, noise)
 
 
 @quantize.defjvp
-def _(rule: Rule, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _(rule: Bindable, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     out = quantize(rule, *primals)
     dz, dcodebook, *_ = tangents
     return out, pushforward_p.bind(*_operands(primals), dz, dcodebook, rule=rule)

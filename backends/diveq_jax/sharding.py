@@ -1,4 +1,4 @@
-"""What not every array can be given to: one that lies over explicit axes of a device mesh, as its type says.
+"""Operations on arrays that lie over explicit axes of a device mesh, as their type says.
 
 There every device does its part by itself. Without such axes all of it is plain.
 """

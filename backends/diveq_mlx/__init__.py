@@ -30,7 +30,9 @@ class MlxBackend(Backend):
         # Inside compile and vmap an evaluation is refused, and MLX has no other way to ask.
         try:
             mx.eval(x)
-        except ValueError:
+        except ValueError as error:
+            if "function transformations" not in str(error):
+                raise
             return False
         return True
 

@@ -83,7 +83,7 @@ class NumPyBackend(Backend):
         return super().direction(x)
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
-        return in_blocks(np.empty, max(_BLOCK_ENTRIES // arrays[0].shape[-1], 1), function, *arrays)
+        return in_blocks(np.empty, _BLOCK_ENTRIES, function, *arrays)
 
     def segment_add(self, total: np.ndarray, values: np.ndarray, segments: np.ndarray) -> np.ndarray:
         if segments.size and segments.min() < 0:

@@ -16,7 +16,7 @@ from diveq_torch.search import nearest_rows
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.rule import Rule
+    from diveq_core.rule import Bindable
 
 # Entries of a block of rows: 2 MiB in float32, so that temporaries stay in cache and dispatch costs little.
 _BLOCK_ENTRIES = 1 << 19
@@ -111,9 +111,6 @@ class TorchBackend(Backend):
     def add_scaled(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor | float) -> torch.Tensor:
         return torch.addcmul(x, y, c) if isinstance(c, torch.Tensor) else torch.add(x, y, alpha=c)
 
-    def snapshot(self, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
     def records(self, *arrays: torch.Tensor) -> bool:
         return not _is_plain(*arrays)
 
@@ -131,8 +128,7 @@ class TorchBackend(Backend):
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         if _is_plain(*(x for x in arrays if x is not None)):
-            width = next(x.shape[-1] for x in arrays if x is not None)
-            return in_blocks(torch.empty, max(_BLOCK_ENTRIES // width, 1), function, *arrays)
+            return in_blocks(torch.empty, _BLOCK_ENTRIES, function, *arrays)
         return function(*arrays)
 
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
@@ -159,7 +155,7 @@ class TorchBackend(Backend):
 
     def bind(
         self,
-        rule: Rule,
+        rule: Bindable,
         z: torch.Tensor,
         codebook: torch.Tensor,
         indices: torch.Tensor,

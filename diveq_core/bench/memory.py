@@ -102,15 +102,19 @@ def saved_bytes(estimator: dq.Estimator, problem: Problem, *, trained: bool = Tr
     return sum(count for pointer, count in kept.items() if pointer not in given)
 
 
-def _held(x: Any, kind: type) -> Iterator[Any]:
+def _held(x: Any, kind: type, seen: set[int] | None = None) -> Iterator[Any]:
     """Those of a kind that an object holds, however deep."""
+    seen = set() if seen is None else seen
+    if id(x) in seen:
+        return
+    seen.add(id(x))
     if isinstance(x, kind):
         yield x
     elif isinstance(x, (dict, list, tuple)) or hasattr(x, "__dict__"):
         parts = x if isinstance(x, (list, tuple)) else (x if isinstance(x, dict) else vars(x)).values()
         for part in parts:
             if not isinstance(part, (type, ModuleType)):
-                yield from _held(part, kind)
+                yield from _held(part, kind, seen)
 
 
 def _kibibytes(path: Path, field: str) -> int:

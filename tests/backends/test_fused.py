@@ -178,12 +178,13 @@ COMPILED = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from diveq_core import search
     from diveq_torch import fused
 
     def instructions(vectors, codewords, **constants):
         types = dict.fromkeys(fused._kernel.arg_names, "*fp32") | dict(z="*" + vectors, e="*" + codewords)
         types |= dict(canonical="*i64", found="*i64", centred="*i32", n="i32")
-        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, LIMIT=2.0**58, INTERPRETED=False)
+        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, LIMIT=2.0**(search.REACH - 2), INTERPRETED=False)
         values = {(fused._kernel.arg_names.index(k),): v for k, v in (tile | constants).items()}
         types |= dict.fromkeys(tile | constants, "constexpr")
         source = ASTSource(fn=fused._kernel, signature=types, constexprs=values)
