@@ -22,6 +22,7 @@ from diveq_core.linear import (
     linear_codebook_vjp,
 )
 from diveq_core.losses import codebook_loss, codebook_loss_vjp, commitment_loss, commitment_loss_vjp
+from diveq_core.options import optional_kernels, set_optional_kernels
 from diveq_core.product import Product
 from diveq_core.quantize import jvp, nearest, quantize, vjp
 from diveq_core.radius import Cosine, Mahalanobis, PNorm, Power, PseudoHuber, Radius
@@ -93,12 +94,14 @@ __all__ = [
     "normalize",
     "normalize_jvp",
     "normalize_vjp",
+    "optional_kernels",
     "perplexity",
     "positive_share",
     "project",
     "quantize",
     "register",
     "replace_unused",
+    "set_optional_kernels",
     "usage",
     "used_share",
     "vjp",

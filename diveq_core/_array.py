@@ -68,6 +68,23 @@ def zero_rows(lib: Backend, condition: Array, x: Array) -> Array:
     return lib.xp.where(condition, lib.xp.zeros_like(x), x)
 
 
+def larger(lib: Backend, x: Array, y: Array) -> Array:
+    """The larger of two arrays, entry by entry; the standard has ``maximum`` since 2023.12 only."""
+    return lib.xp.where(x < y, y, x)
+
+
+def smaller(lib: Backend, x: Array, y: Array) -> Array:
+    """The smaller of two arrays, entry by entry."""
+    return lib.xp.where(x > y, y, x)
+
+
+def within(lib: Backend, x: Array, lowest: float, highest: float) -> Array:
+    """``x`` in [lowest, highest]; NaN stays. The standard has ``clip`` since 2023.12 only."""
+    xp = lib.xp
+    x = xp.where(x < lowest, xp.full_like(x, lowest), x)
+    return xp.where(x > highest, xp.full_like(x, highest), x)
+
+
 class Direction(NamedTuple):
     """The unit vector ``y / |y|`` of each row in two factors, so that products with it never write it out."""
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from diveq_core.rule import Bindable
 
 
+# Pairs of numbers that are compared at a time where a library can neither sort nor search.
+_PAIRS = 1 << 22
+
+
 class Backend:
     """One array library, by the standard alone: same numbers as any other, no automatic differentiation.
 
@@ -50,6 +54,10 @@ class Backend:
         """Whether ``x`` is an array of this library."""
         namespace = getattr(x, "__array_namespace__", None)
         return namespace is not None and namespace() is self.xp
+
+    def unfit(self, x: Array) -> str | None:
+        """What an array of this library is that it may not be here, or None for one that serves."""
+        return None
 
     # Values and dtypes
 
@@ -90,13 +98,20 @@ class Backend:
         """``x`` in ``dtype``, without a copy where it has it already."""
         return x if x.dtype == dtype else self.xp.astype(x, dtype)
 
+    def copy(self, x: Array) -> Array:
+        """``x`` in memory of its own."""
+        return self.xp.asarray(x, copy=True)
+
     def place(self, x: Array) -> dict[str, Any]:
         """Keyword arguments that make a creation function put its array where ``x`` is."""
         device = getattr(x, "device", None)
         return {} if device is None else {"device": device}
 
-    def like(self, values: Array, x: Array) -> Array:
-        """A constant (an array of this library or of NumPy) with the dtype and on the device of ``x``."""
+    def like(self, values: Array, x: Array, entries: bytes | None = None) -> Array:
+        """A constant (an array of this library or of NumPy) with the dtype and on the device of ``x``.
+
+        ``entries`` are its own in float64, for a library that cannot always read an array of NumPy while it traces.
+        """
         if self.owns(values):
             return self.astype(values, x.dtype)
         return self.xp.asarray(values.tolist(), dtype=x.dtype, **self.place(x))
@@ -105,9 +120,20 @@ class Backend:
         """``sg[x]``: the same values, through which no derivative flows."""
         return x
 
+    def snapshot(self, x: Array) -> Array:
+        """``x`` as it is now, whatever is written to it later: a copy, where arrays can be written to."""
+        return self.xp.asarray(x, copy=True)
+
     def records(self, *arrays: Array) -> bool:
         """Whether derivatives of what is computed from the arrays may be asked for."""
         return False
+
+    def quiet(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` by this library's own handling of overflow and underflow, whatever its user has set.
+
+        Here the function itself, for a library that has no such setting.
+        """
+        return function
 
     # What the standard lacks, or a library does better
 
@@ -166,6 +192,46 @@ class Backend:
     def stable_argsort(self, x: Array) -> Array:
         """Indices that sort ``x`` (N,), equal entries in their order."""
         return self.xp.argsort(x)
+
+    def first_equal(self, x: Array) -> Array:
+        """Lowest index of an equal number, for each of (N,)."""
+        xp = self.xp
+        if not hasattr(xp, "argsort"):  # as in cubed
+            return self._by_pairs(lambda y: xp.argmax(xp.astype(x[None, :] == y[:, None], xp.int8), axis=1), x, x)
+        order = self.stable_argsort(x)
+        return xp.take(order, self.searchsorted(xp.take(x, order, axis=0), x), axis=0)
+
+    def searchsorted(self, sorted_: Array, values: Array, *, side: str = "left") -> Array:
+        """How many of the sorted numbers (N,) are below each value (M,); of the right side, or equal to it."""
+        xp = self.xp
+        if self._has("searchsorted"):
+            return xp.searchsorted(sorted_, values, side=side)
+        below = xp.less if side == "left" else xp.less_equal
+        index = self.as_indices(xp.asarray([0], **self.place(values))).dtype
+        count = lambda y: xp.sum(xp.astype(below(sorted_[None, :], y[:, None]), index), axis=1)  # noqa: E731
+        return self._by_pairs(count, values, sorted_)
+
+    def _has(self, name: str) -> bool:
+        """Whether the library has a function of the standard since 2023.12."""
+        return hasattr(self.xp, name) and getattr(self.xp, "__array_api_version__", "2023.12") >= "2023.12"
+
+    def _by_pairs(self, function: Callable[[Array], Array], x: Array, others: Array) -> Array:
+        """``function`` of a few of ``x`` (N,) at a time, since it compares each with all the others."""
+        step = max(_PAIRS // max(others.shape[0], 1), 1)
+        parts = [function(x[start : min(start + step, x.shape[0])]) for start in range(0, x.shape[0], step)]
+        return self.xp.concat(parts)
+
+    def cumulative_sum(self, x: Array) -> Array:
+        """Sums of the first numbers, (N,)."""
+        xp = self.xp
+        if self._has("cumulative_sum"):
+            return xp.cumulative_sum(x)
+        # Each step doubles how many numbers a sum has.
+        reach = 1
+        while reach < x.shape[0]:
+            x = x + xp.concat([xp.zeros_like(x[:reach]), x[:-reach]])
+            reach *= 2
+        return x
 
     def row_keys(self, codebook: Array) -> Array:
         """A number for each row, (K,), equal for equal rows and almost never for others."""

@@ -44,10 +44,10 @@ class Call:
         check_pair(lib, function, z, codebook)
         refuse_not_finite(lib, function, finite, z=z, codebook=codebook)
         self.shape = tuple(z.shape)
-        self.rule = Rule(lib, estimator)
+        self.rule = Rule.of(lib, estimator, z, codebook)
         self.z = flat_rows(lib, z)
         if isinstance(estimator, SpaceFilling):
-            self.rule = CurveRule(lib, estimator)
+            self.rule = CurveRule.of(lib, estimator, z, codebook)
             drawn = estimator.prepare(function, lib, z, codebook, noise, rng)
             self.indices = self._chosen(function, indices, estimator.points(lib, codebook, drawn.dither), "K - 1")
             self.noise = CurveRule.packed(lib, drawn, self.indices, self.z)
@@ -72,9 +72,10 @@ class Call:
         if indices is None:
             return lib.search(self.z, points)
         backend_of(function, z=self.z, indices=indices)
-        indices = checked_indices(lib, function, indices, points.shape[0], bound=bound)
-        check_shape(function, "indices", indices, self.shape[:-1], "z without its last axis")
-        return lib.xp.reshape(indices, (self.z.shape[0],))
+        found = checked_indices(lib, function, indices, points.shape[0], bound=bound)
+        check_shape(function, "indices", found, self.shape[:-1], "z without its last axis")
+        # They are returned, and what is returned shares no memory with what was given.
+        return lib.xp.reshape(lib.copy(found) if found is indices else found, (self.z.shape[0],))
 
 
 def check_estimator(function: str, estimator: object) -> None:

@@ -24,7 +24,7 @@ def commands() -> None:
 def compare_command(
     data: Annotated[
         Path | None,
-        typer.Option(help="Image, folder of images, or .npy; the two photographs of scikit-learn by default."),
+        typer.Option(help="Image, folder of images, or .npy of one or a stack; two photographs by default."),
     ] = None,
     backend: Annotated[str, typer.Option(help="Array library: numpy, torch, jax or cupy.")] = "numpy",
     estimators: Annotated[

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from diveq_core._array import Array, describe
+from diveq_core._array import Array, describe, larger, smaller
 from diveq_core.checks import (
     check_codebook,
     check_floating,
@@ -21,7 +21,8 @@ from diveq_core.checks import (
     flat_rows,
 )
 from diveq_core.ranks import Ranks, finite_rows
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
+from diveq_core.spread import each_block, reach_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ class EMAState(NamedTuple):
     """The codewords, (K, D), in at least float32: what a codebook of 16 bits would round away is kept here."""
 
 
+@quiet
 def ema_init(codebook: Array, /, *, weight: float | Array = 0.0) -> EMAState:
     r"""State of the moving averages before the first step.
 
@@ -54,6 +56,7 @@ def ema_init(codebook: Array, /, *, weight: float | Array = 0.0) -> EMAState:
     Returns
     -------
     EMAState
+        In memory of its own.
 
     Raises
     ------
@@ -69,12 +72,14 @@ def ema_init(codebook: Array, /, *, weight: float | Array = 0.0) -> EMAState:
     """
     lib = backend_of("ema_init", codebook=codebook)
     check_floating(lib, "ema_init", codebook=codebook)
-    check_codebook("ema_init", codebook)
+    check_single("ema_init", codebook)
     weight = checked_number("ema_init", "weight", weight, 0.0, math.inf, like=codebook)
-    means = lib.astype(lib.stop_gradient(codebook), lib.compute_dtype(codebook.dtype))
+    # A copy: one of the two may be changed in place, donated or saved.
+    means = lib.astype(lib.copy(lib.stop_gradient(codebook)), lib.compute_dtype(codebook.dtype))
     return EMAState(lib.xp.ones((codebook.shape[0],), dtype=means.dtype, **lib.place(means)) * weight, means)
 
 
+@quiet
 def ema_update(
     state: EMAState,
     codebook: Array,
@@ -104,7 +109,8 @@ def ema_update(
     decay : float or array (), default 0.99
         The :math:`m` in [0, 1). An array may be traced, as that of a schedule is; its range is then not checked.
     all_reduce : callable, optional
-        Sum over ranks, array -> array of the same shape; called once, with an array (K, D + 1).
+        Sum over ranks, array -> array of the same shape; called once, with an array (K, D + 1), and may sum in place.
+        State, codebook and decay must be the same on all ranks.
 
     Returns
     -------
@@ -145,6 +151,7 @@ def ema_update(
            [3.]])
     """
     lib = backend_of("ema_update", codebook=codebook, z=z)
+    check_single("ema_update", codebook)
     check_pair(lib, "ema_update", z, codebook)
     check_state(lib, "ema_update", state, codebook)
     backend_of("ema_update", z=z, indices=indices)
@@ -157,30 +164,69 @@ def ema_update(
     codebook = lib.stop_gradient(codebook)
     means = _means(lib, state, codebook)
     segments = xp.reshape(indices, (math.prod(indices.shape),))
-    rows = lib.astype(flat_rows(lib, lib.stop_gradient(z)), means.dtype)
-    rows, finite = finite_rows(lib, rows)
-    chosen = finite & (segments >= 0)
-    segments = xp.where(chosen, segments, xp.full_like(segments, -1))
-    q = lib.take_rows(means, xp.where(chosen, segments, xp.zeros_like(segments)))
-    # Sums of differences, not of vectors: an offset that all vectors share costs no digits.
-    d = xp.where(chosen[:, None], rows - q, xp.zeros_like(rows))
-    counted = xp.concat([d, xp.astype(chosen, d.dtype)[:, None]], axis=1)
-    total = ranks.sum(lib.segment_sum(counted, segments, codebook.shape[0]))
+    rows, dtype = flat_rows(lib, lib.stop_gradient(z)), means.dtype
+    scale = _scale(lib, means, rows if all_reduce is None else None)
+    scaled = means * scale
+    total = xp.zeros((codebook.shape[0], codebook.shape[1] + 1), dtype=dtype, **lib.place(means))
+
+    def add(z: Array, segments: Array) -> None:
+        nonlocal total
+        rows, finite = finite_rows(lib, lib.astype(z, dtype))
+        chosen = finite & (segments >= 0)
+        segments = xp.where(chosen, segments, xp.full_like(segments, -1))
+        q = lib.take_rows(scaled, xp.where(chosen, segments, xp.zeros_like(segments)))
+        # Sums of differences, not of vectors: an offset that all vectors share costs no digits.
+        d = xp.where(chosen[:, None], rows * scale - q, xp.zeros_like(rows))
+        counted = xp.concat([d, xp.astype(chosen, dtype)[:, None]], axis=1)
+        total = lib.segment_add(total, counted, segments)
+
+    each_block(lib, add, rows, segments)
+    total = ranks.sum(total)
 
     c = total[:, -1]
-    used = c > 0
-    n = decay * state.counts + (1 - decay) * c
-    rate = xp.where(used, (1 - decay) / xp.where(used, n, xp.ones_like(n)), xp.zeros_like(n))
-    moved = means + rate[:, None] * total[:, :-1]
+    used = (c > 0) & xp.isfinite(c)
+    zeros = xp.zeros_like(c)
+    old = xp.where((state.counts > 0) & xp.isfinite(state.counts), state.counts, zeros)
+    n = decay * old + (1 - decay) * xp.where(used, c, zeros)
+    rate = xp.where(used, (1 - decay) / xp.where(used, n, xp.ones_like(n)), zeros)
+    # Means of finite vectors pass the largest number by rounding only.
+    limit = float(xp.finfo(dtype).max) * scale
+    moved = scaled + rate[:, None] * total[:, :-1]
+    moved = xp.where(xp.isfinite(moved), smaller(lib, larger(lib, moved, -limit), limit), moved) / scale
     rounded = lib.astype(moved, codebook.dtype)
     written = (used & xp.all(xp.isfinite(rounded), axis=1))[:, None]
     return EMAState(n, xp.where(written, moved, means)), xp.where(written, rounded, codebook)
+
+
+def _scale(lib: Backend, means: Array, z: Array | None) -> Array:
+    """Power of two, (): below 1 where sums of differences of vectors so large might overflow."""
+    xp = lib.xp
+    largest = xp.max(xp.abs(finite_rows(lib, means)[0]))
+
+    def look(z: Array) -> None:
+        nonlocal largest
+        largest = larger(lib, largest, xp.max(xp.abs(finite_rows(lib, lib.astype(z, means.dtype))[0])))
+
+    if z is not None:
+        each_block(lib, look, z)
+    reach, one = reach_of(lib, means.dtype), xp.ones_like(largest)
+    return xp.where(largest > reach, one * reach**-2, one)
 
 
 def _means(lib: Backend, state: EMAState, codebook: Array) -> Array:
     """The state's codewords, or the codebook's where that was changed since."""
     kept = lib.astype(state.means, codebook.dtype) == codebook
     return lib.xp.where(kept, state.means, lib.astype(codebook, state.means.dtype))
+
+
+def check_single(function: str, codebook: Array) -> None:
+    """Check that a codebook is (K, D), and say what to do with several in one array."""
+    if codebook.ndim > 2:
+        raise ValueError(
+            f"{function}: codebook must have shape (K, D), got {tuple(codebook.shape)}; call it for each stage or "
+            f"group, with the vectors that this one quantizes"
+        )
+    check_codebook(function, codebook)
 
 
 def check_state(lib: Backend, function: str, state: EMAState, codebook: Array) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from diveq_core._array import Array, describe
-from diveq_core.checks import check_floating
+from diveq_core.checks import check_floating, checked_indices, refuse_not_finite
 from diveq_core.estimators import Estimator
 from diveq_core.registry import backend_of
 from diveq_core.space_filling import CurveNoise
@@ -63,44 +63,57 @@ class Composite:
             f"got {tuple(codebook.shape)}"
         )
 
-    def decoded_parts(self, verb: Callable[..., Any], indices: Array, codebook: Array) -> list[Array]:
-        """Codewords of each part by ``verb``, the public `decode`."""
-        leading = indices.ndim - (self.codebook_ndim - 2)
-        if leading < 0 or indices.shape[leading] != self.parts:
+    def axis_of_parts(self, indices: Array) -> int:
+        """The axis of indices (..., parts, ...), or below zero where there is none."""
+        return indices.ndim - (self.codebook_ndim - 2)
+
+    def indices_of_parts(self, function: str, indices: Array) -> list[Array]:
+        """The indices of each part."""
+        axis = self.axis_of_parts(indices)
+        if axis < 0 or indices.shape[axis] != self.parts:
             raise ValueError(
-                f"decode: indices of {type(self).__name__} must have {self.codebook_ndim - 2} axes or more, of length "
-                f"{self.parts} where its parts are, got {tuple(indices.shape)}"
+                f"{function}: indices of {type(self).__name__} must have shape (..., {self.parts}, ...), one for each "
+                f"part of each vector, got {tuple(indices.shape)}"
             )
-        here = (slice(None),) * leading
+        return [indices[(*(slice(None),) * axis, part, ...)] for part in range(self.parts)]
+
+    def decoded_parts(
+        self, lib: Backend, verb: Callable[..., Any], indices: Array, codebook: Array, dtype: Any
+    ) -> tuple[list[Array], list[Array]]:
+        """The indices of each part, and its codewords by ``verb``, the public `decode`."""
         shared = self.is_shared("decode", codebook)
-        return [
-            verb(indices[(*here, part, ...)], codebook if shared else codebook[part, ...], self.estimator)
-            for part in range(self.parts)
+        parts = self.indices_of_parts("decode", checked_indices(lib, "decode", indices, codebook.shape[-2]))
+        return parts, [
+            verb(indices, codebook if shared else codebook[part, ...], self.estimator, dtype=dtype)
+            for part, indices in enumerate(parts)
         ]
+
+    def marked(self, lib: Backend, function: str, indices: Array, width: int) -> tuple[Array, Array]:
+        """As the function `marked`, of this estimator."""
+        raise TypeError(f"{describe(self)} must define marked(lib, function, indices, width)")
 
     def split(
         self, lib: Backend, function: str, z: Array, codebook: Array, options: Options
     ) -> Iterator[tuple[Array, Options]]:
         """Codebook and options of each part."""
         shared = self.is_shared(function, codebook)
+        # Once for all: what the stages of a residual leave of a vector whose index is -1 is NaN, and may be.
+        used = codebook if shared else codebook[: self.parts, ...]
+        refuse_not_finite(lib, function, options["check_finite"], z=z, codebook=used)
         noises = self.noises(function, options["noise"], z)
         indices, streams = options["indices"], lib.streams(function, options["rng"], self.parts)
-        here = (slice(None),) * (z.ndim - 1)
+        of_parts: list[Any] = [None] * self.parts
         if indices is not None:
             backend_of(function, z=z, indices=indices)
-            if indices.ndim < z.ndim or indices.shape[z.ndim - 1] != self.parts:
-                raise ValueError(
-                    f"{function}: indices of {type(self).__name__} must have shape (..., {self.parts}, ...) with "
-                    f"{tuple(z.shape[:-1])} in front, got {tuple(indices.shape)}"
-                )
+            of_parts = self.indices_of_parts(function, checked_indices(lib, function, indices, codebook.shape[-2]))
         for part in range(self.parts):
             yield (
                 codebook if shared else codebook[part, ...],
                 {
                     "noise": noises[part],
                     "rng": streams[part],
-                    "indices": None if indices is None else indices[(*here, part, ...)],
-                    "check_finite": options["check_finite"],
+                    "indices": of_parts[part],
+                    "check_finite": False,
                 },
             )
 
@@ -133,9 +146,9 @@ class Composite:
         unused = codebook.shape[0] - len(gradients)
         return lib.xp.stack([*gradients, *[lib.xp.zeros_like(gradients[0])] * unused], axis=0)
 
-    def decode(self, lib: Backend, verb: Callable[..., Any], indices: Array, codebook: Array) -> Array:
+    def decode(self, lib: Backend, verb: Callable[..., Any], indices: Array, codebook: Array, dtype: Any) -> Array:
         """The output from the indices, by ``verb``, the public `decode`."""
-        raise TypeError(f"{describe(self)} must define decode(lib, verb, indices, codebook)")
+        raise TypeError(f"{describe(self)} must define decode(lib, verb, indices, codebook, dtype)")
 
     def quantize(
         self, lib: Backend, verb: Callable[..., Any], z: Array, codebook: Array, options: Options
@@ -161,3 +174,15 @@ class Composite:
     ) -> tuple[tuple[Array, Array], Array]:
         """``((z_q, indices), tangent)`` by ``verb``, the public `jvp`."""
         raise TypeError(f"{describe(self)} must define jvp(lib, verb, z, codebook, dz, dcodebook, options)")
+
+
+def marked(
+    lib: Backend, function: str, estimator: Estimator | Composite, indices: Array, width: int
+) -> tuple[Array, Array]:
+    """The entries (..., D) whose index is the mark -1, and the indices with 0 in its place."""
+    if isinstance(estimator, Composite):
+        return estimator.marked(lib, function, indices, width)
+    xp = lib.xp
+    lost = indices < 0
+    entries = xp.broadcast_to(xp.expand_dims(lost, axis=-1), (*indices.shape, width))
+    return entries, xp.where(lost, xp.zeros_like(indices), indices)

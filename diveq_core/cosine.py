@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diveq_core._array import Array, safe_inverse, zero_rows
+from diveq_core._array import Array, one_where, row_scale, zero_rows
 from diveq_core.checks import check_floating, check_like, check_pair, check_vectors, flat_rows, refuse_not_finite
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diveq_core.backend import Backend
 
 
+@quiet
 def normalize(x: Array, /) -> Array:
     r"""Vectors over their lengths; differentiable in libraries that differentiate.
 
@@ -49,6 +50,7 @@ def normalize(x: Array, /) -> Array:
     return lib.xp.reshape(lib.astype(_polar(lib, x)[1], x.dtype), tuple(x.shape))
 
 
+@quiet
 def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
     r"""Vectors over their lengths, and the pullback; works in every library.
 
@@ -63,7 +65,8 @@ def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
     -------
     normalized : array (..., D)
     pullback : callable
-        ``pullback(g)`` takes the cotangent of the result and gives that of ``x``, both (..., D).
+        ``pullback(g)`` takes the cotangent of the result and gives that of ``x``, both (..., D). ``x`` (which may
+        be a codebook) and the result may have been overwritten by then.
 
     Raises
     ------
@@ -79,15 +82,16 @@ def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
     array([[0.5, 0. ]])
     """
     lib = _check("normalize_vjp", x)
-    rho, u = _polar(lib, x)
+    kept = lib.snapshot(x)
 
     def pullback(g: Array, /) -> Array:
-        check_like(lib, "pullback", "g", g, x, "x")
-        return _across(lib, rho, u, g, x)
+        check_like(lib, "pullback", "g", g, kept, "x")
+        return _across(lib, _polar(lib, kept)[1], g, kept)
 
-    return lib.xp.reshape(lib.astype(u, x.dtype), tuple(x.shape)), pullback
+    return lib.xp.reshape(lib.astype(_polar(lib, x)[1], x.dtype), tuple(x.shape)), pullback
 
 
+@quiet
 def normalize_jvp(x: Array, dx: Array, /) -> tuple[Array, Array]:
     r"""Vectors over their lengths, and their tangents; works in every library.
 
@@ -123,10 +127,11 @@ def normalize_jvp(x: Array, dx: Array, /) -> tuple[Array, Array]:
     """
     lib = _check("normalize_jvp", x)
     check_like(lib, "normalize_jvp", "dx", dx, x, "x")
-    rho, u = _polar(lib, x)
-    return lib.xp.reshape(lib.astype(u, x.dtype), tuple(x.shape)), _across(lib, rho, u, dx, x)
+    _, u = _polar(lib, x)
+    return lib.xp.reshape(lib.astype(u, x.dtype), tuple(x.shape)), _across(lib, u, dx, x)
 
 
+@quiet
 def nearest_cosine(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Array:
     r"""Index of the codeword of nearest direction; ties go to the lowest index.
 
@@ -180,10 +185,17 @@ def _polar(lib: Backend, x: Array) -> tuple[Array, Array]:
     return lib.polar(lib.astype(flat_rows(lib, x), lib.compute_dtype(x.dtype)))
 
 
-def _across(lib: Backend, rho: Array, u: Array, v: Array, x: Array) -> Array:
-    """``(v - <v, u> u) / rho`` in the shape and dtype of ``x``; 0 where rho = 0."""
-    v = lib.astype(flat_rows(lib, v), u.dtype)
-    across = (v - lib.dot(v, u) * u) * safe_inverse(lib, rho)
+def _across(lib: Backend, u: Array, v: Array, x: Array) -> Array:
+    """``(v - <v, u> u) / rho`` in the shape and dtype of ``x``, whose length is rho; 0 where rho = 0."""
+    v, rows = (lib.astype(flat_rows(lib, a), u.dtype) for a in (v, x))
+    # Of lengths that powers of two have brought to order one, so that only the result can overflow or underflow.
+    scale, scale_v = row_scale(lib, rows), row_scale(lib, v)
+    rho, _ = lib.direction(rows * scale)
+    v = v * scale_v
+    across = (v - lib.dot(v, u) * u) / one_where(lib, rho == 0, rho)
+    # Their quotient in two halves: the whole of it may leave the range where the result does not.
+    half = lib.xp.sqrt(scale) / lib.xp.sqrt(scale_v)
+    across = across * half * half
     return lib.xp.reshape(lib.astype(zero_rows(lib, rho == 0, across), x.dtype), tuple(x.shape))
 
 

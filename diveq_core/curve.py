@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from diveq_core._array import Array, one_where, row_scale
+from diveq_core._array import Array, one_where, row_scale, within
 from diveq_core.checks import (
     check_codebook,
     check_floating,
@@ -18,8 +18,8 @@ from diveq_core.checks import (
     flat_rows,
     refuse_not_finite,
 )
-from diveq_core.registry import backend_of
-from diveq_core.search import frame, rows_per_chunk
+from diveq_core.registry import backend_of, quiet
+from diveq_core.search import frame, framed, framed_rows, rows_per_chunk
 from diveq_core.space_filling import on_segment
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Projected(NamedTuple):
     """Where on the segment, (...), in [0, 1]."""
 
 
+@quiet
 def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Projected:
     r"""Nearest point of the whole curve through the codewords; no derivative flows through it.
 
@@ -88,9 +89,8 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     dtype = lib.compute_dtype(out_dtype)
     flat = flat_rows(lib, lib.stop_gradient(z))
     corners = lib.astype(lib.stop_gradient(codebook), dtype)
-    centre, inverse_scale = frame(lib, corners)
-    centre = xp.reshape(centre, (1, corners.shape[1]))
-    e = (corners - centre) * inverse_scale
+    centre, scale = frame(lib, corners)
+    e = framed(lib, corners, centre, scale)
     start, step = e[:-1, :], e[1:, :] - e[:-1, :]
     # Row k of both: what is subtracted from a product with y, so that both begin at the segment's start.
     along_start = xp.sum(start * step, axis=1)[None, :]
@@ -101,10 +101,11 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     positions = [xp.zeros((0,), dtype=dtype, **lib.place(corners))]
     for first in range(0, flat.shape[0], rows):
         chunk = lib.astype(flat[first : min(first + rows, flat.shape[0]), :], dtype)
-        y = (chunk - centre) * inverse_scale
-        along = lib.matmul(y, xp.permute_dims(step, (1, 0))) - along_start
-        at = _clipped(lib, along / one_where(lib, squared == 0, squared))
-        scores = half - lib.matmul(y, xp.permute_dims(start, (1, 0))) - at * along + at * at * squared * 0.5
+        y, weight = framed_rows(lib, chunk, centre, scale)
+        along = lib.matmul(y, xp.permute_dims(step, (1, 0))) - along_start * weight
+        length = squared * weight
+        at = within(lib, along / one_where(lib, length == 0, length), 0.0, 1.0)
+        scores = half * weight - lib.matmul(y, xp.permute_dims(start, (1, 0))) - at * along + at * at * length * 0.5
         segment = lib.as_indices(xp.argmin(scores, axis=1))
         segments.append(xp.where(xp.isfinite(xp.min(scores, axis=1)), segment, xp.full_like(segment, -1)))
         # The position again from differences, which keep the digits that the expansion lost.
@@ -115,6 +116,7 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     return Projected(decode_curve(segment, position, lib.astype(codebook, out_dtype)), segment, position)
 
 
+@quiet
 def decode_curve(segments: Array, positions: Array, codebook: Array, /) -> Array:
     r"""Points of a curve: exactly what `project` gave.
 
@@ -170,13 +172,7 @@ def _position(lib: Backend, z: Array, corners: Array, segments: Array) -> Array:
     k = row_scale(lib, step)
     step, d = step * k, (z - c_1) * k
     squared = lib.dot(step, step)
-    return _clipped(lib, lib.dot(d, step) / one_where(lib, squared == 0, squared))[:, 0]
-
-
-def _clipped(lib: Backend, t: Array) -> Array:
-    """``t`` in [0, 1]; NaN stays."""
-    xp = lib.xp
-    return xp.where(t < 0, xp.zeros_like(t), xp.where(t > 1, xp.ones_like(t), t))
+    return within(lib, lib.dot(d, step) / one_where(lib, squared == 0, squared), 0.0, 1.0)[:, 0]
 
 
 def _check_positions(lib: Backend, positions: Array) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from diveq_core.checks import checked_count
 from diveq_core.kmeans import kmeans
-from diveq_core.registry import backend_of
-from diveq_core.search import frame
+from diveq_core.registry import backend_of, quiet
+from diveq_core.search import frame, framed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diveq_core.backend import Backend
 
 
+@quiet
 def curve_init(
     z: Array,
     count: int,
@@ -86,8 +87,7 @@ def curve_init(
 def tour(lib: Backend, corners: Array) -> Array:
     """Order in which every corner is followed by the nearest one left, (K,)."""
     xp = lib.xp
-    centre, inverse_scale = frame(lib, corners)
-    e = (corners - xp.reshape(centre, (1, corners.shape[1]))) * inverse_scale
+    e = framed(lib, corners, *frame(lib, corners))
     numbers = lib.as_indices(xp.arange(e.shape[0], **lib.place(e)))
     gone = xp.zeros_like(e[:, 0])
     far = xp.full_like(gone, float(xp.finfo(gone.dtype).max))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diveq_core._array import describe
 from diveq_core.call import check_estimator
 from diveq_core.checks import check_codebook, check_floating, checked_indices
 from diveq_core.compose import Composite
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 from diveq_core.space_filling import SpaceFilling
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diveq_core.estimators import Estimator
 
 
+@quiet
 def lookup(indices: Array, codebook: Array, /) -> Array:
     r"""Codewords of given indices.
 
@@ -53,8 +54,9 @@ def lookup(indices: Array, codebook: Array, /) -> Array:
     return _rows_of("lookup", lib, indices, codebook)
 
 
-def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /) -> Array:
-    r"""Vectors from indices: what a hard estimator's `quantize` gave, exactly.
+@quiet
+def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /, *, dtype: Any = None) -> Array:
+    r"""Vectors from indices: what a hard estimator's `quantize` gave, exactly if ``dtype`` is that of its ``z_q``.
 
     .. math:: z_q = E_i
 
@@ -67,12 +69,16 @@ def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /)
     estimator : Estimator, Residual or Product
         With noise it gives the codeword, which its output was near. None that is space-filling: an index alone does
         not say where on its segment a vector lies. `project` and `decode_curve` do.
+    dtype : optional
+        The library's floating dtype of the result; the codebook's by default. With that of ``z_q`` from `quantize` the
+        result is ``z_q`` bit for bit. A sum of stages is computed in at least float32 and rounded to it once.
 
     Returns
     -------
     array (..., D)
-        In the codebook's dtype; the sum of the stages' codewords for a `Residual`, and those of the groups side by
-        side for a `Product`. An index of -1 gives NaN.
+        The sum of the stages' codewords for a `Residual`, and those of the groups side by side for a `Product`. An
+        index of -1 gives NaN; in a stage of a `Residual` after the first it marks one that was dropped, and adds
+        nothing.
 
     Raises
     ------
@@ -89,17 +95,21 @@ def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /)
     >>> dq.decode(np.array([[1, 1], [0, 1]]), codebooks, dq.Residual(dq.STE(), stages=2))
     array([[ 4.5,  3.5],
            [ 0.5, -0.5]])
+    >>> dq.decode(np.array([[1, -1]]), codebooks, dq.Residual(dq.STE(), stages=2))
+    array([[4., 4.]])
     """
     lib = backend_of("decode", indices=indices, codebook=codebook)
     if isinstance(estimator, Composite):
-        return estimator.decode(lib, decode, indices, codebook)
+        check_floating(lib, "decode", codebook=codebook)
+        return estimator.decode(lib, decode, indices, codebook, codebook.dtype if dtype is None else dtype)
     check_estimator("decode", estimator)
     if isinstance(estimator, SpaceFilling):
         raise TypeError(
             f"decode: estimator must be one whose output is a codeword, got {describe(estimator)}; use project and "
             f"decode_curve"
         )
-    return _rows_of("decode", lib, indices, codebook)
+    rows = _rows_of("decode", lib, indices, codebook)
+    return rows if dtype is None else lib.astype(rows, dtype)
 
 
 def _rows_of(function: str, lib: Backend, indices: Array, codebook: Array) -> Array:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from diveq_core._array import one_where
 from diveq_core.checks import check_floating, check_shape, checked_count, checked_indices, flat_rows
 from diveq_core.estimators import Radial
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from diveq_core.radius import Radius
 
 
+# Indices that are counted in one sum, in float32.
+_COUNTED_AT_ONCE = 1 << 20
+
+
+@quiet
 def coefficient(g: Array, z: Array, q: Array, /) -> Array:
     r"""Coefficient of the radial term, per vector: the first-order price of quantizing it.
 
@@ -59,6 +64,7 @@ def coefficient(g: Array, z: Array, q: Array, /) -> Array:
     return lib.astype(_price(lib, g, z, q), lib.result_dtype(z, q))
 
 
+@quiet
 def positive_share(g: Array, z: Array, q: Array, /) -> Array:
     r"""Share of vectors that the radial term pulls towards their codeword.
 
@@ -93,6 +99,7 @@ def positive_share(g: Array, z: Array, q: Array, /) -> Array:
     return lib.xp.sum(lib.astype(c > 0, c.dtype)) / (math.prod(c.shape) or math.nan)
 
 
+@quiet
 def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Array, Array], Array], /) -> Array:
     r"""Auxiliary loss whose gradient, added to straight-through, is the radial estimator's.
 
@@ -130,6 +137,7 @@ def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Arr
     return lib.xp.sum(stopped * Radial(radius).radius.log(lib, rows[2], rows[1]))
 
 
+@quiet
 def usage(indices: Array, count: int, /) -> Array:
     r"""How many vectors chose each codeword.
 
@@ -145,7 +153,7 @@ def usage(indices: Array, count: int, /) -> Array:
     Returns
     -------
     array (K,)
-        Whole numbers in float32, exact up to 2^24 vectors.
+        Whole numbers in float32, counted exactly and rounded above 2^24.
 
     Raises
     ------
@@ -165,10 +173,22 @@ def usage(indices: Array, count: int, /) -> Array:
     count = checked_count("usage", "count", count)
     indices = checked_indices(lib, "usage", indices, count, bound="count")
     flat = lib.xp.reshape(indices, (math.prod(indices.shape),))
-    ones = lib.xp.ones((flat.shape[0], 1), dtype=lib.xp.float32, **lib.place(indices))
-    return lib.segment_sum(ones, flat, count)[:, 0]
+    # A number that is left open while a function is exported is not compared.
+    if not isinstance(flat.shape[0], int) or flat.shape[0] <= _COUNTED_AT_ONCE:
+        return _counted(lib, flat, count)
+    # Sums of ones in float32 end at 2^24; the sum of these sums in integers does not.
+    total = lib.xp.zeros((count,), dtype=flat.dtype, **lib.place(flat))
+    for start in range(0, flat.shape[0], _COUNTED_AT_ONCE):
+        total = total + lib.astype(_counted(lib, flat[start : start + _COUNTED_AT_ONCE], count), flat.dtype)
+    return lib.astype(total, lib.xp.float32)
 
 
+def _counted(lib: Backend, indices: Array, count: int) -> Array:
+    ones = lib.xp.ones((indices.shape[0], 1), dtype=lib.xp.float32, **lib.place(indices))
+    return lib.segment_sum(ones, indices, count)[:, 0]
+
+
+@quiet
 def perplexity(counts: Array, /) -> Array:
     r"""Effective number of codewords in use.
 
@@ -177,7 +197,7 @@ def perplexity(counts: Array, /) -> Array:
     Parameters
     ----------
     counts : array (K,)
-        Counts or weights, as `usage` gives them, possibly summed over batches.
+        Counts or weights, as `usage` gives them, possibly summed over batches; integers, as `bincount` gives, too.
 
     Returns
     -------
@@ -187,7 +207,7 @@ def perplexity(counts: Array, /) -> Array:
     Raises
     ------
     TypeError, ValueError
-        If the counts are not real floating, or not of shape (K,).
+        If the counts are neither real floating nor integers, or not of shape (K,).
 
     Examples
     --------
@@ -196,18 +216,15 @@ def perplexity(counts: Array, /) -> Array:
     >>> round(float(dq.perplexity(np.array([3.0, 3.0, 0.0]))), 6)
     2.0
     """
-    lib = backend_of("perplexity", counts=counts)
-    check_floating(lib, "perplexity", counts=counts)
-    if counts.ndim != 1:
-        raise ValueError(f"perplexity: counts must have shape (K,), got {tuple(counts.shape)}")
+    lib, counts = _checked_counts("perplexity", counts)
     xp = lib.xp
-    counts = lib.astype(counts, lib.compute_dtype(counts.dtype))
     total = xp.sum(counts)
     p = counts / one_where(lib, total == 0, total)
     effective = xp.exp(-xp.sum(p * xp.log(one_where(lib, p == 0, p))))
     return lib.nan_where(total == 0, effective)
 
 
+@quiet
 def used_share(counts: Array, /) -> Array:
     r"""Share of codewords that were chosen at least once.
 
@@ -235,11 +252,19 @@ def used_share(counts: Array, /) -> Array:
     >>> float(dq.used_share(np.array([3.0, 1.0, 0.0, 0.0])))
     0.5
     """
-    lib = backend_of("used_share", counts=counts)
-    check_floating(lib, "used_share", counts=counts)
+    lib, counts = _checked_counts("used_share", counts)
+    return lib.xp.mean(lib.astype(counts > 0, counts.dtype))
+
+
+def _checked_counts(function: str, counts: Array) -> tuple[Backend, Array]:
+    """Counts (K,) in their compute dtype; whole numbers in float32, which is that of `usage`."""
+    lib = backend_of(function, counts=counts)
+    whole = lib.is_integer(counts)
+    if not whole:
+        check_floating(lib, function, counts=counts)
     if counts.ndim != 1:
-        raise ValueError(f"used_share: counts must have shape (K,), got {tuple(counts.shape)}")
-    return lib.xp.mean(lib.astype(counts > 0, lib.compute_dtype(counts.dtype)))
+        raise ValueError(f"{function}: counts must have shape (K,), got {tuple(counts.shape)}")
+    return lib, lib.astype(counts, lib.xp.float32 if whole else lib.compute_dtype(counts.dtype))
 
 
 def _price(lib: Backend, g: Array, z: Array, q: Array) -> Array:

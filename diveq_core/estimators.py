@@ -34,6 +34,16 @@ class Estimator:
         """Whether the output is the codeword itself, bit for bit."""
         return True
 
+    @property
+    def constant(self) -> bool:
+        """Whether ``vjp`` and ``jvp`` read no z, q and noise; where they do not, None stands for each."""
+        return False
+
+    @property
+    def trains_codebook(self) -> bool:
+        """Whether the codebook ever gets a gradient; where it gets none, ``jvp`` takes None for ``dq``."""
+        return True
+
     def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
         """The output z_q, (N, D)."""
         return q
@@ -61,6 +71,15 @@ class STE(Estimator):
     ----------
     van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", arXiv:1711.00937, section 3.2.
     """
+
+    @property
+    def constant(self) -> bool:
+        # What is derived from it may read what it likes.
+        return type(self) is STE
+
+    @property
+    def trains_codebook(self) -> bool:
+        return type(self) is not STE
 
     def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
         return g, None

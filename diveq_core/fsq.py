@@ -12,7 +12,7 @@ from diveq_core._array import describe
 from diveq_core.call import Quantized
 from diveq_core.checks import check_floating, check_like, checked_indices, flat_rows, refuse_not_finite
 from diveq_core.fsq_rule import FSQRule, level_of, row_of
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from diveq_core._array import Array
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _MARGIN = 1e-3
 
 
+@quiet
 def fsq(z: Array, levels: Sequence[int], /, *, check_finite: bool | None = None) -> Quantized:
     r"""Bound each coordinate, round it to one of L levels; differentiable in libraries that differentiate.
 
@@ -83,6 +84,7 @@ def fsq(z: Array, levels: Sequence[int], /, *, check_finite: bool | None = None)
     return call.quantized(call.lib.bind(call.rule, call.z, call.grid, call.digits, None))
 
 
+@quiet
 def fsq_vjp(
     z: Array, levels: Sequence[int], /, *, check_finite: bool | None = None
 ) -> tuple[Quantized, Callable[[Array], Array]]:
@@ -99,7 +101,8 @@ def fsq_vjp(
     -------
     out : Quantized
     pullback : callable
-        ``pullback(g)`` takes the cotangent of ``z_q`` and gives that of ``z``, (..., D) both.
+        ``pullback(g)`` takes the cotangent of ``z_q`` and gives that of ``z``, (..., D) both; ``z`` must stay as it
+        was.
 
     Raises
     ------
@@ -125,6 +128,7 @@ def fsq_vjp(
     return out, pullback
 
 
+@quiet
 def fsq_jvp(
     z: Array, dz: Array, levels: Sequence[int], /, *, check_finite: bool | None = None
 ) -> tuple[Quantized, Array]:
@@ -165,6 +169,7 @@ def fsq_jvp(
     return out, call.lib.xp.reshape(tangent, call.shape)
 
 
+@quiet
 def fsq_decode(indices: Array, levels: Sequence[int], /, *, dtype: Any = None) -> Array:
     r"""Vectors of given indices: exactly the ``z_q`` that `fsq` gave with them.
 

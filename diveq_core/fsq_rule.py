@@ -25,16 +25,22 @@ class FSQRule:
 
     lib: Backend
     levels: tuple[int, ...]
+    constant = False
+    trains_codebook = False
+    noise_by_indices = False
+
+    def fixed(self, grid: Array, digits: Array) -> tuple[Array, Array]:
+        return grid, digits
 
     def forward(self, z: Array, grid: Array, digits: Array, noise: None) -> Array:
         lib = self.lib
         z_q = level_of(lib, digits, self.levels, grid.dtype)
         return lib.astype(lib.nan_where(digits < 0, z_q), z.dtype)
 
-    def pullback(self, z: Array, grid: Array, digits: Array, noise: None, g: Array) -> tuple[Array, Array]:
-        return self.pushforward(z, grid, digits, noise, g, grid), self.lib.xp.zeros_like(grid)
+    def pullback(self, z: Array, grid: Array, digits: Any, noise: None, g: Array) -> tuple[Array, None]:
+        return self.pushforward(z, grid, digits, noise, g, None), None
 
-    def pushforward(self, z: Array, grid: Array, digits: Array, noise: None, dz: Array, dgrid: Array) -> Array:
+    def pushforward(self, z: Array, grid: Array, digits: Any, noise: None, dz: Array, dgrid: Any) -> Array:
         """The derivative is diagonal, so it is its own transpose."""
         lib = self.lib
         half, _, shift = (grid[row : row + 1, :] for row in range(3))

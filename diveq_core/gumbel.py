@@ -9,7 +9,7 @@ from diveq_core._array import check_option, describe
 from diveq_core.call import Quantized
 from diveq_core.checks import check_codebook, check_floating, check_like, flat_rows, refuse_not_finite
 from diveq_core.gumbel_rule import GumbelRule, standard_gumbel
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +48,7 @@ class GumbelST:
         check_option(self, "temperature", above=0.0)
 
 
+@quiet
 def gumbel_quantize(
     logits: Array,
     codebook: Array,
@@ -66,6 +67,7 @@ def gumbel_quantize(
     ----------
     logits : array (..., K)
         Unnormalized log-probabilities in any real floating dtype; float16 and bfloat16 are computed in float32.
+        A codeword whose logit is -inf is never chosen, and adds nothing to the gradient of the row.
     codebook : array (K, D)
     estimator : GumbelST
     noise : array (..., K), optional
@@ -73,13 +75,14 @@ def gumbel_quantize(
     rng : optional
         The library's own generator, from which noise is drawn if none is given, as in `quantize`.
     check_finite : bool, optional
-        Whether to refuse NaN and infinity. By default NumPy does, and the others do not.
+        Whether to refuse NaN and infinity, but not -inf in ``logits``. By default NumPy does, and the others do not.
 
     Returns
     -------
     Quantized
         ``z_q`` (..., D), in the result dtype of ``logits`` and ``codebook``, the codeword bit for bit, and
-        ``indices`` (...); ties go to the lowest. A row of logits that is not finite gives NaN and -1.
+        ``indices`` (...); ties go to the lowest. A row of logits that holds NaN or +inf, or -inf alone, gives NaN and
+        -1.
 
     Raises
     ------
@@ -100,6 +103,7 @@ def gumbel_quantize(
     return call.quantized(call.lib.bind(call.rule, call.logits, codebook, call.indices, call.noise))
 
 
+@quiet
 def gumbel_vjp(
     logits: Array,
     codebook: Array,
@@ -125,7 +129,7 @@ def gumbel_vjp(
     pullback : callable
         ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_logits, g_codebook)``, (..., K) and
         (K, D), in the dtypes of ``logits`` and ``codebook``. A row of logits that is not finite adds nothing to
-        ``g_codebook``.
+        ``g_codebook``. The codebook may have been overwritten by then; ``logits`` and ``noise`` must stay as they were.
 
     Raises
     ------
@@ -148,15 +152,18 @@ def gumbel_vjp(
     call = _Call("gumbel_vjp", logits, codebook, estimator, noise, rng, check_finite)
     out = call.quantized(call.rule.forward(call.logits, codebook, call.indices, call.noise))
 
+    words = call.lib.snapshot(codebook)
+
     def pullback(g: Array, /) -> tuple[Array, Array]:
         check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
         rows = flat_rows(call.lib, g)
-        g_logits, g_codebook = call.rule.pullback(call.logits, codebook, call.indices, call.noise, rows)
+        g_logits, g_codebook = call.rule.pullback(call.logits, words, call.indices, call.noise, rows)
         return call.lib.xp.reshape(g_logits, tuple(logits.shape)), g_codebook
 
     return out, pullback
 
 
+@quiet
 def gumbel_jvp(
     logits: Array,
     codebook: Array,
@@ -237,7 +244,10 @@ class _Call:
                 f"{function}: logits must have shape (..., K) with K = {count} as in the codebook "
                 f"{tuple(codebook.shape)}, got {tuple(logits.shape)}"
             )
-        refuse_not_finite(lib, function, finite, logits=logits, codebook=codebook)
+        # Codewords may be excluded by -inf; all of a row leave nothing to choose, which the result shows.
+        excluded = lib.xp.isinf(logits) & (logits < 0)
+        known = lib.xp.where(excluded, lib.xp.zeros_like(logits), logits)
+        refuse_not_finite(lib, function, finite, logits=known, codebook=codebook)
         if noise is not None:
             check_like(lib, function, "noise", noise, logits, "logits")
         xp = lib.xp
@@ -248,7 +258,8 @@ class _Call:
         self.shape = (*(int(n) for n in logits.shape[:-1]), codebook.shape[1])
         self.logits, self.noise = flat_rows(lib, logits), flat_rows(lib, noise)
         total = lib.astype(lib.stop_gradient(self.logits), dtype) + lib.astype(self.noise, dtype)
-        whole = xp.all(xp.isfinite(total), axis=-1)
+        there = xp.isfinite(total)
+        whole = xp.all(there | (xp.isinf(total) & (total < 0)), axis=-1) & xp.any(there, axis=-1)
         # MLX has no argmax of no rows.
         chosen = xp.argmax(total, axis=-1) if total.shape[0] > 0 else xp.asarray([0], **lib.place(total))[:0]
         chosen = lib.as_indices(chosen)

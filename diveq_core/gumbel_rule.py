@@ -24,28 +24,39 @@ class GumbelRule:
 
     lib: Backend
     estimator: GumbelST
+    constant = False
+    trains_codebook = True
+    noise_by_indices = False
+
+    def fixed(self, codebook: Array, indices: Array) -> tuple[Array, Array]:
+        return self.lib.snapshot(codebook), indices
 
     def forward(self, logits: Array, codebook: Array, indices: Array, noise: Array) -> Array:
         lib = self.lib
         return lib.astype(lib.take_rows(codebook, indices), lib.result_dtype(logits, codebook))
 
-    def pullback(self, logits: Array, codebook: Array, indices: Array, noise: Array, g: Array) -> tuple[Array, Array]:
+    def pullback(self, logits: Array, codebook: Array, indices: Any, noise: Array, g: Array) -> tuple[Array, Any]:
         lib, dtype = self.lib, self._dtype(logits, codebook)
         y, codewords, g = self._soft(logits, noise, dtype), lib.astype(codebook, dtype), lib.astype(g, dtype)
         g_logits = self._centred(y, lib.matmul(g, lib.xp.matrix_transpose(codewords)))
+        g_logits = lib.astype(g_logits, logits.dtype)
+        if indices is None:
+            return g_logits, None
         # A row that is not finite would make sums over rows NaN.
         kept = zero_rows(lib, lib.xp.expand_dims(indices < 0, axis=1), g)
         g_codebook = lib.segment_sum(kept, indices, codebook.shape[0])
         if lib.records(logits):
             g_codebook = g_codebook + lib.matmul(lib.xp.matrix_transpose(self._live(y, indices)), kept)
-        return lib.astype(g_logits, logits.dtype), lib.astype(g_codebook, codebook.dtype)
+        return g_logits, lib.astype(g_codebook, codebook.dtype)
 
     def pushforward(
-        self, logits: Array, codebook: Array, indices: Array, noise: Array, dlogits: Array, dcodebook: Array
+        self, logits: Array, codebook: Array, indices: Any, noise: Array, dlogits: Array, dcodebook: Any
     ) -> Array:
         lib, dtype = self.lib, self._dtype(logits, codebook)
         y, codewords = self._soft(logits, noise, dtype), lib.astype(codebook, dtype)
         moved = lib.matmul(self._centred(y, lib.astype(dlogits, dtype)), codewords)
+        if dcodebook is None or indices is None:
+            return lib.astype(moved, lib.result_dtype(logits, codebook))
         dcodewords = lib.astype(dcodebook, dtype)
         moved = moved + lib.take_rows(dcodewords, indices)
         if lib.records(logits):

@@ -10,10 +10,11 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core._array import Array, one_where, power_of_two
+from diveq_core._array import Array, power_of_two, smaller, within
 from diveq_core.checks import check_floating, check_pair, checked_count, flat_rows
-from diveq_core.ranks import Ranks, drawn_noise, finite_rows, uniform
-from diveq_core.registry import backend_of
+from diveq_core.ranks import Ranks, drawn_noise, uniform
+from diveq_core.registry import backend_of, quiet
+from diveq_core.spread import each_block, reach_of, spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +33,7 @@ class KMeans(NamedTuple):
     """Sum of squared distances of all ranks' vectors to their codewords, ()."""
 
 
+@quiet
 def kmeans_plus_plus(
     z: Array,
     count: int,
@@ -57,9 +59,10 @@ def kmeans_plus_plus(
         Standard normal numbers, whose angles are the draws. The same noise gives the same in every library, but
         for ties by rounding.
     rng : optional
-        The library's own generator, as in `quantize`. **All ranks must use the same seed.**
+        The library's own generator, as in `quantize`. Ranks agree on what they draw, whatever their seeds; a given
+        ``noise`` must be the same on all.
     all_reduce : callable, optional
-        Sum over ranks, array -> array of the same shape; the draws are as from the joined vectors.
+        Sum over ranks, array -> array of the same shape; it may sum in place. The draws are as from the joined vectors.
 
     Returns
     -------
@@ -87,6 +90,7 @@ def kmeans_plus_plus(
     return frame.restore(frame.spread_out(count, noise, rng))
 
 
+@quiet
 def kmeans(
     z: Array,
     codebook: int | Array,
@@ -146,12 +150,14 @@ def kmeans(
     lib, xp = frame.lib, frame.lib.xp
     if isinstance(codebook, numbers.Integral):
         e = frame.spread_out(codebook, noise, rng)
+        begin = None
     else:
         backend_of("kmeans", z=z, codebook=codebook)
         check_pair(lib, "kmeans", z, codebook)
-        e = frame.enter(lib.astype(lib.stop_gradient(codebook), frame.y.dtype))
-        # A codeword that is not finite would take part in no comparison; as the mean it takes part in all.
-        e, _ = finite_rows(lib, e)
+        begin = lib.stop_gradient(codebook)
+        e = first = frame.enter(begin)
+    number = xp.full((1,), iterations, dtype=e.dtype, **lib.place(e))
+    frame.ranks.same("iterations and the codebook to begin with", e, number)
     for _ in range(iterations):
         moved = frame.lloyd(e)
         if lib.is_concrete(moved) and bool(xp.all(moved == e)):
@@ -160,7 +166,13 @@ def kmeans(
     indices = frame.nearest(e)
     inertia = frame.ranks.sum(xp.sum(frame.squared_distances(e, indices)))
     shaped = xp.reshape(indices, tuple(z.shape[:-1]))
-    return KMeans(frame.restore(e), shaped, inertia * frame.size * frame.size)
+    found = frame.restore(e)
+    if begin is not None:
+        # A codeword that did not move is as it was, bit for bit.
+        begin = lib.astype(begin, z.dtype)
+        kept = xp.all((e == first) & xp.isfinite(begin), axis=1, keepdims=True)
+        found = xp.where(kept, begin, found)
+    return KMeans(found, shaped, inertia * frame.size * frame.size * frame.inverse * frame.inverse)
 
 
 class _Frame:
@@ -176,32 +188,37 @@ class _Frame:
         xp = lib.xp
         self.function, self.dtype = function, z.dtype
         self.ranks = Ranks(lib, function, all_reduce)
-        rows = flat_rows(lib, lib.stop_gradient(z))
-        rows, finite = finite_rows(lib, lib.astype(rows, lib.compute_dtype(z.dtype)))
-        # Half of the largest number at most, so that no difference overflows.
-        limit = float(xp.finfo(rows.dtype).max) / 2
-        rows = xp.clip(rows, -limit, limit)
-        self.valid = finite
-        self.weights = xp.astype(finite, rows.dtype)
-        total = self.ranks.sum(xp.sum(self.weights))
+        rows, dtype = flat_rows(lib, lib.stop_gradient(z)), lib.compute_dtype(z.dtype)
+        self.valid = lib.by_rows(lambda z: xp.all(xp.isfinite(z), axis=1), rows)
+        self.weights = xp.astype(self.valid, dtype)
+        # Where values cannot be read there may be no vector: the codebook is then zeros rather than NaN.
+        total, self.scale, self.mean, deviation, _ = spread(self.ranks, rows, self.weights, dtype)
         if lib.is_concrete(total) and float(total) == 0:
             raise ValueError(f"{function}: z must have at least one finite vector, got none of {rows.shape[0]}")
-        # Where values cannot be read there may be none: the codebook is then zeros rather than NaN.
-        share = 1 / one_where(lib, total == 0, total)
-        # Divided first: the sum of large vectors may overflow.
-        self.mean = self.ranks.sum(xp.sum(rows * share, axis=0, keepdims=True))
-        d = xp.where(finite[:, None], rows - self.mean, xp.zeros_like(rows))
-        self.size = power_of_two(lib, self.ranks.sum(xp.sum(xp.abs(d) * (share / d.shape[1]))))
-        self.y = d * (1 / self.size)
+        self.inverse, self.size = 1 / self.scale, power_of_two(lib, deviation)
+
+        def entered(z: Array, valid: Array) -> Array:
+            y = (lib.astype(z, dtype) * self.scale - self.mean) * (1 / self.size)
+            return xp.where(valid[:, None], y, xp.zeros_like(y))
+
+        self.y = lib.by_rows(entered, rows, self.valid)
 
     def enter(self, codebook: Array) -> Array:
         """A codebook in this frame."""
-        return (codebook - self.mean) * (1 / self.size)
+        lib, xp = self.lib, self.lib.xp
+        words = lib.astype(codebook, self.y.dtype)
+        e = (words * self.scale - self.mean) * (1 / self.size)
+        # Far beyond all vectors, and squares of it do not overflow.
+        limit = reach_of(lib, e.dtype) ** 1.5
+        # A codeword that is not finite would take part in no comparison; as the mean it takes part in all.
+        finite = xp.all(xp.isfinite(words), axis=1, keepdims=True)
+        return xp.where(finite, within(lib, e, -limit, limit), xp.zeros_like(e))
 
     def restore(self, e: Array) -> Array:
-        """A codebook in the frame of the vectors, in their dtype, finite."""
+        """A codebook in the frame of the vectors, in their dtype; means of finite vectors overflow by rounding only."""
         largest = float(self.lib.xp.finfo(self.dtype).max)
-        return self.lib.astype(self.lib.xp.clip(e * self.size + self.mean, -largest, largest), self.dtype)
+        words = (e * self.size + self.mean) * self.inverse
+        return self.lib.astype(within(self.lib, words, -largest, largest), self.dtype)
 
     def nearest(self, e: Array) -> Array:
         """Index of the nearest codeword, (N,); -1 where not valid."""
@@ -224,8 +241,14 @@ class _Frame:
         """One iteration."""
         lib, xp = self.lib, self.lib.xp
         indices = self.nearest(e)
-        counts = lib.segment_sum(self.weights[:, None], indices, e.shape[0])
-        total = self.ranks.sum(xp.concat([lib.segment_sum(self.y, indices, e.shape[0]), counts], axis=1))
+        total = xp.zeros((e.shape[0], e.shape[1] + 1), dtype=e.dtype, **lib.place(e))
+
+        def add(y: Array, weights: Array, indices: Array) -> None:
+            nonlocal total
+            total = lib.segment_add(total, xp.concat([y, weights[:, None]], axis=1), indices)
+
+        each_block(lib, add, self.y, self.weights, indices)
+        total = self.ranks.sum(total)
         c = total[:, -1:]
         moved = xp.where(c > 0, total[:, :-1] / xp.where(c > 0, c, xp.ones_like(c)), e)
         empty = c[:, 0] == 0
@@ -234,7 +257,7 @@ class _Frame:
         squares = self.squared_distances(e, indices)
         far = xp.astype(empty, e.dtype)
         number = xp.sum(far)
-        positions = (xp.cumulative_sum(far) - 0.5) / xp.where(number > 0, number, xp.ones_like(number))
+        positions = (lib.cumulative_sum(far) - 0.5) / xp.where(number > 0, number, xp.ones_like(number))
         seeds = self.ranks.draw(self.y, squares, positions)
         apart = self.ranks.sum(xp.sum(squares)) > 0
         return xp.where((empty & apart)[:, None], seeds, moved)
@@ -244,26 +267,34 @@ class _Frame:
         count = checked_count(self.function, "the size of the codebook", count)
         lib, xp, y = self.lib, self.lib.xp, self.y
         trials = 2 + int(math.log(count))
-        positions = uniform(lib, drawn_noise(lib, self.function, y, (count, trials, 2), noise, rng))
-        squares = lib.dot(y, y)[:, 0]
-        columns = xp.permute_dims(y, (1, 0))
+        positions = uniform(lib, drawn_noise(self.ranks, y, (count, trials, 2), noise, rng))
         rounding = 8 * float(xp.finfo(y.dtype).eps)
+        squares = lib.by_rows(lambda y: lib.dot(y, y)[:, 0], y)
 
-        def distances(seeds: Array) -> Array:
-            """Squared distances, (T, N); 0 where rounding hides them, so that no vector is drawn twice."""
+        def nearer(seeds: Array, closest: Array) -> tuple[Array, Array]:
+            """Squared distance to the nearest so far or each seed, (N, T), 0 where rounding hides it; sums (T,)."""
             own = lib.dot(seeds, seeds)
-            size = own + squares[None, :]
-            d = size - 2 * lib.matmul(seeds, columns)
-            return xp.where((d > rounding * size) & self.valid[None, :], d, xp.zeros_like(d))
+            sums = xp.zeros((seeds.shape[0],), dtype=y.dtype, **lib.place(y))
+
+            def rows(y: Array, squares: Array, closest: Array, valid: Array) -> Array:
+                nonlocal sums
+                # Seeds first: the long axis is the one that libraries add up fast.
+                size = own + squares[None, :]
+                d = size - 2 * lib.matmul(seeds, xp.permute_dims(y, (1, 0)))
+                d = xp.where((d > rounding * size) & valid[None, :], d, xp.zeros_like(d))
+                left = smaller(lib, d, closest[None, :])
+                sums = sums + xp.sum(left, axis=1)
+                return xp.permute_dims(left, (1, 0))
+
+            return lib.by_rows(rows, y, squares, closest, self.valid), self.ranks.sum(sums)
 
         first = self.ranks.draw(y, self.weights, positions[0, :1])
-        chosen, closest = [first], distances(first)
-        inertia = self.ranks.sum(xp.sum(closest))
+        left, inertias = nearer(first, xp.full_like(self.weights, float(xp.finfo(self.weights.dtype).max)))
+        chosen, closest, inertia = [first], left[:, 0], inertias[0]
         for k in range(1, count):
-            seeds = self.ranks.draw(y, xp.where(inertia > 0, closest[0, :], self.weights), positions[k, :])
-            left = xp.minimum(distances(seeds), closest)
-            inertias = self.ranks.sum(xp.sum(left, axis=1))
+            seeds = self.ranks.draw(y, xp.where(inertia > 0, closest, self.weights), positions[k, :])
+            left, inertias = nearer(seeds, closest)
             best = xp.argmin(inertias, keepdims=True)
-            closest, inertia = xp.take(left, best, axis=0), xp.min(inertias)
+            closest, inertia = xp.take(left, best, axis=1)[:, 0], xp.min(inertias)
             chosen.append(xp.take(seeds, best, axis=0))
         return xp.concat(chosen)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diveq_core.checks import check_codebook, check_floating, check_like, check_shape, check_vectors, checked_count
-from diveq_core.ranks import drawn_noise
-from diveq_core.registry import backend_of
+from diveq_core.ranks import Ranks, drawn_noise
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +28,7 @@ class LinearCodebook(NamedTuple):
     """W, (D, D), which is."""
 
 
+@quiet
 def linear_codebook_init(like: Array, count: int, /, *, noise: Array | None = None, rng: Any = None) -> LinearCodebook:
     r"""Random frozen codewords and the identity.
 
@@ -72,11 +73,13 @@ def linear_codebook_init(like: Array, count: int, /, *, noise: Array | None = No
     check_vectors("linear_codebook_init", "like", like)
     count = checked_count("linear_codebook_init", "count", count)
     width = like.shape[-1]
-    noise = drawn_noise(lib, "linear_codebook_init", like, (count, width), noise, rng)
+    alone = Ranks(lib, "linear_codebook_init", None)
+    noise = drawn_noise(alone, like, (count, width), noise, rng)
     identity = lib.xp.eye(width, dtype=noise.dtype, **lib.place(like))
     return LinearCodebook(lib.astype(noise * width**-0.5, like.dtype), lib.astype(identity, like.dtype))
 
 
+@quiet
 def linear_codebook(frozen: Array, weight: Array, /) -> Array:
     r"""The codebook of the two factors; differentiable in libraries that differentiate.
 
@@ -110,6 +113,7 @@ def linear_codebook(frozen: Array, weight: Array, /) -> Array:
     return _product(lib, frozen, weight)
 
 
+@quiet
 def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
     r"""The codebook and its pullback; works in every library.
 
@@ -125,7 +129,7 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
     codebook : array (K, D)
     pullback : callable
         ``pullback(g_codebook)`` takes what the pullback of `vjp` gives, (K, D), and returns ``(g_frozen, g_weight)``,
-        (K, D) and (D, D).
+        (K, D) and (D, D). Both factors may have been overwritten by then.
 
     Raises
     ------
@@ -142,6 +146,8 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
            [2., 0.]])
     """
     lib = _check_factors("linear_codebook_vjp", frozen, weight)
+    product = _product(lib, frozen, weight)
+    frozen, weight = lib.snapshot(frozen), lib.snapshot(weight)
 
     def pullback(g: Array, /) -> tuple[Array, Array]:
         check_like(lib, "pullback", "g", g, frozen, "codebook")
@@ -149,9 +155,10 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
         transposed = lib.xp.permute_dims
         return _product(lib, g, transposed(weight, (1, 0))), _product(lib, transposed(frozen, (1, 0)), g)
 
-    return _product(lib, frozen, weight), pullback
+    return product, pullback
 
 
+@quiet
 def linear_codebook_jvp(frozen: Array, weight: Array, dfrozen: Array, dweight: Array, /) -> tuple[Array, Array]:
     r"""The codebook and its tangent; works in every library.
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from diveq_core._array import one_where
 from diveq_core.checks import check_like, check_pair, check_shape, checked_indices, flat_rows
-from diveq_core.registry import backend_of
+from diveq_core.codebook import check_single
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from diveq_core._array import Array
 
 
+@quiet
 def codebook_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array | None = None) -> Array:
     r"""Codebook loss, which moves codewords to the vectors that chose them and leaves the vectors alone.
 
@@ -74,6 +76,7 @@ def codebook_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array |
     return call.value(call.lib.stop_gradient(z), codebook)
 
 
+@quiet
 def commitment_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array | None = None) -> Array:
     r"""Commitment loss, which moves vectors to their codewords and leaves the codewords alone.
 
@@ -113,6 +116,7 @@ def commitment_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array
     return call.value(z, call.lib.stop_gradient(codebook))
 
 
+@quiet
 def codebook_loss_vjp(
     z: Array, codebook: Array, indices: Array, /, *, mask: Array | None = None
 ) -> tuple[Array, Callable[[Array], Array]]:
@@ -129,7 +133,8 @@ def codebook_loss_vjp(
     -------
     loss : array ()
     pullback : callable
-        ``pullback(g)`` takes the cotangent of the loss, (), and gives that of the codebook, (K, D).
+        ``pullback(g)`` takes the cotangent of the loss, (), and gives that of the codebook, (K, D). The codebook may
+        have been overwritten by then; the other arguments must stay as they were.
 
     Raises
     ------
@@ -146,15 +151,16 @@ def codebook_loss_vjp(
     array([[0., 2.]])
     """
     call = _Loss("codebook_loss_vjp", z, codebook, indices, mask)
-    loss = call.value(z, codebook)
+    loss, words = call.value(z, codebook), call.lib.snapshot(codebook)
 
     def pullback(g: Array, /) -> Array:
-        rows = -call.slope(loss, g, z, codebook)
-        return call.lib.astype(call.lib.segment_sum(rows, call.indices, codebook.shape[0]), codebook.dtype)
+        rows = -call.slope(loss, g, z, words)
+        return call.lib.astype(call.lib.segment_sum(rows, call.indices, words.shape[0]), words.dtype)
 
     return loss, pullback
 
 
+@quiet
 def commitment_loss_vjp(
     z: Array, codebook: Array, indices: Array, /, *, mask: Array | None = None
 ) -> tuple[Array, Callable[[Array], Array]]:
@@ -171,7 +177,8 @@ def commitment_loss_vjp(
     -------
     loss : array ()
     pullback : callable
-        ``pullback(g)`` takes the cotangent of the loss, (), and gives that of ``z``, (..., D).
+        ``pullback(g)`` takes the cotangent of the loss, (), and gives that of ``z``, (..., D). The codebook may have
+        been overwritten by then; the other arguments must stay as they were.
 
     Raises
     ------
@@ -188,10 +195,10 @@ def commitment_loss_vjp(
     array([[ 0., -2.]])
     """
     call = _Loss("commitment_loss_vjp", z, codebook, indices, mask)
-    loss = call.value(z, codebook)
+    loss, words = call.value(z, codebook), call.lib.snapshot(codebook)
 
     def pullback(g: Array, /) -> Array:
-        rows = call.slope(loss, g, z, codebook)
+        rows = call.slope(loss, g, z, words)
         return call.lib.xp.reshape(call.lib.astype(rows, z.dtype), tuple(z.shape))
 
     return loss, pullback
@@ -202,6 +209,7 @@ class _Loss:
 
     def __init__(self, function: str, z: Array, codebook: Array, indices: Array, mask: Array | None) -> None:
         lib = backend_of(function, z=z, codebook=codebook, indices=indices)
+        check_single(function, codebook)
         check_pair(lib, function, z, codebook)
         indices = checked_indices(lib, function, indices, codebook.shape[0])
         check_shape(function, "indices", indices, tuple(z.shape[:-1]), "z without its last axis")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.compose import Composite
+from diveq_core.compose import Composite, marked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ class Product(Composite):
     Notes
     -----
     The codebook is (G, K, D/G), or (K, D/G) shared by all groups. Indices are (..., G), and noise is (..., D), or a
-    sequence of noises, one for each group, as space-filling estimators need it.
+    sequence of noises, one for each group, as space-filling estimators need it. An index of -1 gives NaN in its group.
 
     References
     ----------
@@ -109,8 +109,15 @@ class Product(Composite):
         tangent = lib.xp.concat([moved for _, moved in done], axis=-1)
         return self._joined(lib, z, [out for out, _ in done]), tangent
 
-    def decode(self, lib: Backend, verb: Callable[..., Any], indices: Array, codebook: Array) -> Array:
-        return lib.xp.concat(self.decoded_parts(verb, indices, codebook), axis=-1)
+    def decode(self, lib: Backend, verb: Callable[..., Any], indices: Array, codebook: Array, dtype: Any) -> Array:
+        _, groups = self.decoded_parts(lib, verb, indices, codebook, dtype)
+        return lib.xp.concat(groups, axis=-1)
+
+    def marked(self, lib: Backend, function: str, indices: Array, width: int) -> tuple[Array, Array]:
+        parts = self.indices_of_parts(function, indices)
+        pairs = [marked(lib, function, self.estimator, part, width // self.groups) for part in parts]
+        found = lib.xp.stack([found for _, found in pairs], axis=self.axis_of_parts(indices))
+        return lib.xp.concat([lost for lost, _ in pairs], axis=-1), found
 
     def _group(self, z: Array, part: int) -> tuple[Any, ...]:
         width = z.shape[-1] // self.groups

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from diveq_core.call import Call, Quantized
 from diveq_core.checks import check_like, check_pair, flat_rows, refuse_not_finite
 from diveq_core.compose import Composite
-from diveq_core.registry import backend_of
+from diveq_core.registry import backend_of, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diveq_core.estimators import Estimator
 
 
+@quiet
 def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Array:
     r"""Index of the nearest codeword; ties go to the lowest index.
 
@@ -47,9 +48,14 @@ def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     Notes
     -----
     Both sides are centred and brought to order one by a power of two before the matrix product, so a
-    common offset or a tiny scale costs no accuracy. Squared distances are right to rounding in the
-    compute dtype of the centred data; codewords that differ by less cannot be told apart, except that equal
-    ones always give the lowest index. Memory beyond the inputs is a few MiB: no N x K array exists.
+    common offset or a tiny scale costs no accuracy. With :math:`c` the centre, :math:`\epsilon` the spacing of the
+    compute dtype at 1, a the codeword chosen and b the nearest,
+
+    .. math:: \|z - E_a\|^2 - \|z - E_b\|^2 \le (2\sqrt D + 12)\,\epsilon\,(\|z - c\| + l)\,l, \qquad
+              l = \max(\|E_a - c\|, \|E_b - c\|)
+
+    in every library, whatever kernel searches (see `set_optional_kernels`). Equal codewords give the lowest index.
+    Memory beyond the inputs is a few MiB: no N x K array exists.
 
     Examples
     --------
@@ -64,6 +70,7 @@ def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     return lib.xp.reshape(lib.search(flat_rows(lib, z), codebook), tuple(z.shape[:-1]))
 
 
+@quiet
 def quantize(
     z: Array,
     codebook: Array,
@@ -82,7 +89,8 @@ def quantize(
     Parameters
     ----------
     z : array (..., D)
-        Vectors to quantize, for instance an encoder's output.
+        Vectors to quantize, for instance an encoder's output. They lie along the last axis, whatever the axes mean:
+        move the channels of images (B, C, H, W) there first, and those of ``z_q`` back.
     codebook : array (K, D)
     estimator : Estimator, Residual or Product
         `STE`, `NSVQ`, `DiVeQ`, `DiVeQDetach`, `Radial` or `Rotation`; `SFDiVeQ` or `SFDiVeQDetach`, whose indices
@@ -95,15 +103,16 @@ def quantize(
         The library's own generator, from which noise is drawn if none is given: `numpy.random.Generator`,
         `torch.Generator`, a JAX key, a CuPy generator. Without either, the library's default stream; JAX has none.
     indices : integer array (...), optional
-        Codewords to use instead of the nearest; -1 gives NaN.
+        Codewords to use instead of the nearest; -1 gives NaN, or marks a dropped stage of a `Residual`.
     check_finite : bool, optional
         Whether to refuse NaN and infinity in ``z`` and ``codebook``; see `nearest`.
 
     Returns
     -------
     Quantized
-        ``z_q`` (..., D), in the result dtype of ``z`` and ``codebook``, and ``indices`` (...). A hard estimator
-        returns the codeword bit for bit. A vector that is not finite gives NaN.
+        ``z_q`` (..., D), in the result dtype of ``z`` and ``codebook`` (in mixed precision cast it to that of ``z``,
+        which a codebook of float32 widens), and ``indices`` (...). A hard estimator returns the codeword bit for bit.
+        A vector that is not finite gives NaN.
 
     Raises
     ------
@@ -118,6 +127,13 @@ def quantize(
     >>> import diveq_core as dq
     >>> dq.quantize(np.array([[0.2, 0.1]]), np.array([[0.0, 0.0], [1.0, 1.0]]), dq.DiVeQDetach())
     Quantized(z_q=array([[0., 0.]]), indices=array([0]))
+
+    Images with their channels first:
+
+    >>> images, codebook = np.ones((2, 3, 8, 8)), np.zeros((16, 3))
+    >>> out = dq.quantize(np.moveaxis(images, 1, -1), codebook, dq.STE())
+    >>> np.moveaxis(out.z_q, -1, 1).shape, out.indices.shape
+    ((2, 3, 8, 8), (2, 8, 8))
     """
     if isinstance(estimator, Composite):
         lib = estimator.check("quantize", z, codebook)
@@ -128,6 +144,7 @@ def quantize(
     return call.quantized(z_q)
 
 
+@quiet
 def vjp(
     z: Array,
     codebook: Array,
@@ -156,7 +173,8 @@ def vjp(
     out : Quantized
     pullback : callable
         ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_z, g_codebook)``, (..., D) and
-        (K, D), in the dtypes of ``z`` and ``codebook``. It may be called any number of times.
+        (K, D), in the dtypes of ``z`` and ``codebook``. It may be called any number of times, also after the codebook
+        was overwritten; the other arguments must stay as they were.
 
     Raises
     ------
@@ -186,8 +204,16 @@ def vjp(
         lib, rule = call.rule.lib, call.rule
         out = call.quantized(rule.forward(call.z, codebook, call.indices, call.noise))
 
+        # Moving averages may overwrite the codebook before the pullback is called.
+        words = None if rule.constant else lib.snapshot(codebook)
+
         def pull(g: Array) -> tuple[Array, Array]:
-            g_z, g_codebook = rule.pullback(call.z, codebook, call.indices, call.noise, flat_rows(lib, g))
+            rows = flat_rows(lib, g)
+            g_z, g_codebook = rule.pullback(call.z, words, call.indices, call.noise, rows)
+            if g_z is rows:
+                g_z = lib.copy(g_z)
+            if g_codebook is None:
+                g_codebook = lib.xp.zeros_like(codebook)
             return lib.xp.reshape(g_z, z.shape), g_codebook
 
     def pullback(g: Array, /) -> tuple[Array, Array]:
@@ -197,6 +223,7 @@ def vjp(
     return out, pullback
 
 
+@quiet
 def jvp(
     z: Array,
     codebook: Array,
@@ -255,7 +282,10 @@ def jvp(
     rule = call.rule
     _check_tangents(rule.lib, z, codebook, dz, dcodebook)
     out = call.quantized(rule.forward(call.z, codebook, call.indices, call.noise))
-    tangent = rule.pushforward(call.z, codebook, call.indices, call.noise, flat_rows(rule.lib, dz), dcodebook)
+    rows = flat_rows(rule.lib, dz)
+    tangent = rule.pushforward(call.z, codebook, call.indices, call.noise, rows, dcodebook)
+    if tangent is rows:
+        tangent = rule.lib.copy(tangent)
     return out, rule.lib.xp.reshape(tangent, out.z_q.shape)
 
 

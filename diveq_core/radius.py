@@ -8,8 +8,9 @@ Jianlin, 2025-10-08, equation 8; the gradients of ln r are derived here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diveq_core._array import (
     Array,
@@ -169,7 +170,7 @@ class PNorm:
         return to_q, -to_q
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Mahalanobis:
     r"""Length of the quantization error in a metric.
 
@@ -179,7 +180,7 @@ class Mahalanobis:
     ----------
     matrix : array (D, D)
         Positive definite, an array of NumPy or of the library of ``z``; only its symmetric part acts. It
-        is a constant: no gradient flows to it.
+        is a constant, of which a copy is kept: no gradient flows to it.
 
     Raises
     ------
@@ -190,14 +191,18 @@ class Mahalanobis:
 
     Notes
     -----
-    Where d = 0 both gradients are zero.
+    Where d = 0 both gradients are zero. Two are equal if their matrices have equal entries, so that copies share what
+    was compiled; one whose matrix is being traced equals itself alone.
 
     References
     ----------
     Su Jianlin, 2025-10-08, equation 8, for a general r(q, z); this r and its gradient are derived here.
     """
 
-    matrix: Array
+    matrix: Array = field(compare=False)
+    width: int = field(init=False, repr=False)
+    entries: Any = field(init=False, repr=False)
+    """Those of the matrix in float64, as bytes."""
 
     def __post_init__(self) -> None:
         from diveq_core.registry import backend_of
@@ -208,24 +213,29 @@ class Mahalanobis:
             raise ValueError(f"Mahalanobis: matrix must have shape (D, D), got {shape}")
         if not lib.is_floating(self.matrix):
             raise TypeError(f"Mahalanobis: matrix must have a real floating dtype, got {self.matrix.dtype}")
+        object.__setattr__(self, "width", shape[0])
+        object.__setattr__(self, "entries", object())
         if lib.is_concrete(self.matrix):
             if not lib.all_finite(self.matrix):
                 raise ValueError("Mahalanobis: matrix must be finite, got NaN or infinity in it")
             smallest = float(lib.xp.min(lib.xp.linalg.eigvalsh(self._symmetric(lib, self.matrix))))
             if smallest <= 0:
                 raise ValueError(f"Mahalanobis: matrix must be positive definite, got smallest eigenvalue {smallest:g}")
+            # Apart from the caller's array, which may be overwritten where the entries are not.
+            object.__setattr__(self, "matrix", lib.snapshot(lib.stop_gradient(self.matrix)))
+            object.__setattr__(self, "entries", array("d", _numbers(lib, self.matrix)).tobytes())
 
     def _symmetric(self, lib: Backend, x: Array) -> Array:
-        m = lib.like(self.matrix, x)
+        m = lib.like(self.matrix, x, self.entries)
         return (m + lib.xp.permute_dims(m, (1, 0))) * 0.5
 
     def _scaled(self, lib: Backend, q: Array, z: Array) -> tuple[Array, Array, Array]:
         """``M y``, ``<y, M y>`` and the power of two ``k`` for which ``y = k d``."""
         d = q - z
-        if d.shape[-1] != self.matrix.shape[0]:
+        if d.shape[-1] != self.width:
             raise ValueError(
                 f"Mahalanobis: matrix must have shape (D, D) with D = {d.shape[-1]} as in z, "
-                f"got {tuple(self.matrix.shape)}"
+                f"got {(self.width, self.width)}"
             )
         k = row_scale(lib, d)
         y = d * k
@@ -241,6 +251,11 @@ class Mahalanobis:
         zero = squared == 0
         to_q = zero_rows(lib, zero, m_y / one_where(lib, zero, squared) * k)
         return to_q, -to_q
+
+
+def _numbers(lib: Backend, matrix: Array) -> list[float]:
+    entries = lib.xp.reshape(matrix, (matrix.shape[0] ** 2,))
+    return entries.tolist() if hasattr(entries, "tolist") else [float(entries[i]) for i in range(entries.shape[0])]
 
 
 @dataclass(frozen=True)

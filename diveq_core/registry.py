@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from array_api_compat import array_namespace
 
@@ -13,7 +14,11 @@ from diveq_core._array import Array, describe
 from diveq_core.backend import Backend
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 GROUP = "diveq_core.backends"
 
@@ -91,14 +96,39 @@ def backend_of(function: str, **arrays: Array) -> Backend:
     return first
 
 
+def quiet(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a public function: it, and a pullback that it gives, run by `Backend.quiet` of the arrays' library."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        found = (_registered(x) for x in args)
+        lib = next((backend for backend in found if backend is not None), None)
+        if lib is None:
+            return function(*args, **options)
+        out = lib.quiet(function)(*args, **options)
+        if type(out) is tuple and callable(out[-1]):
+            return cast("T", (*out[:-1], lib.quiet(out[-1])))
+        return out
+
+    return call
+
+
 def _serving(function: str, name: str, x: Array) -> Backend:
+    backend = _registered(x) or _standard(function, name, x)
+    unfit = backend.unfit(x)
+    if unfit is not None:
+        raise TypeError(f"{function}: {name} must be a dense array with one size along each axis, got {unfit}")
+    return backend
+
+
+def _registered(x: object) -> Backend | None:
     for backend in _backends:
         if backend.owns(x):
             return backend
     for backend in _this.refreshed:
         if backend.owns(x):
             return backend
-    return _standard(function, name, x)
+    return None
 
 
 def _standard(function: str, name: str, x: Array) -> Backend:

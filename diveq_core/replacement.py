@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core.checks import check_codebook, check_floating, check_pair, check_shape, checked_number, flat_rows
-from diveq_core.codebook import EMAState, check_state
-from diveq_core.ranks import Ranks, drawn_noise, finite_rows, pick, uniform
-from diveq_core.registry import backend_of
+from diveq_core._array import larger, power_of_two
+from diveq_core.checks import check_floating, check_pair, check_shape, checked_number, flat_rows
+from diveq_core.codebook import EMAState, check_single, check_state
+from diveq_core.ranks import Ranks, drawn_noise, finite_rows, uniform
+from diveq_core.registry import backend_of, quiet
+from diveq_core.spread import spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +32,7 @@ class Replaced(NamedTuple):
     """Which rows were replaced, boolean (K,): those whose optimizer moments are of the past."""
 
 
+@quiet
 def replace_unused(
     codebook: Array,
     counts: Array,
@@ -56,7 +59,8 @@ def replace_unused(
     codebook : array (K, D)
         A codeword that is not finite counts as unused.
     counts : array (K,)
-        Use of each codeword: `usage` of one or several batches, or `EMAState.counts`. Only proportions matter.
+        Use of each codeword: `usage` of one or several batches, `EMAState.counts`, or integers as ``bincount`` gives
+        them. Only proportions matter; NaN counts for nothing.
     z : array (..., D), optional
         Vectors to draw from instead of used codewords; those that are not finite are left out.
     threshold : float or array (), default 0
@@ -67,11 +71,13 @@ def replace_unused(
         Standard normal numbers: the jitter, and two columns whose angle is the draw. The same noise gives the same
         codebook in every library.
     rng : optional
-        The library's own generator to draw noise from, as in `quantize`. **All ranks must use the same seed.**
+        The library's own generator to draw noise from, as in `quantize`. Ranks agree on what they draw, whatever
+        their seeds.
     state : EMAState, optional
         Moving averages, whose replaced rows are to begin anew.
     all_reduce : callable, optional
-        Sum over ranks, array -> array of the same shape. Counts that are the same on all ranks may be summed too.
+        Sum over ranks, array -> array of the same shape; it may sum in place. Counts that are the same on all ranks
+        may be summed too. Codebook, threshold, jitter and a given ``noise`` must be the same on all ranks.
 
     Returns
     -------
@@ -84,7 +90,8 @@ def replace_unused(
     TypeError
         If libraries or dtypes do not agree.
     ValueError
-        If shapes do not fit or an option is out of range.
+        If shapes do not fit, an option is out of range, or, where values can be read, ranks differ in codebook,
+        threshold or jitter.
 
     Notes
     -----
@@ -110,8 +117,10 @@ def replace_unused(
     True
     """
     lib = backend_of("replace_unused", codebook=codebook, counts=counts)
-    check_floating(lib, "replace_unused", codebook=codebook, counts=counts)
-    check_codebook("replace_unused", codebook)
+    check_floating(lib, "replace_unused", codebook=codebook)
+    if not lib.is_integer(counts):
+        check_floating(lib, "replace_unused", counts=counts)
+    check_single("replace_unused", codebook)
     count, width = codebook.shape
     check_shape("replace_unused", "counts", counts, (count,), "codebook without its last axis")
     if z is not None:
@@ -125,38 +134,50 @@ def replace_unused(
         raise ValueError("replace_unused: jitter must be > 0 without z, since exact copies are never chosen, got 0")
     ranks = Ranks(lib, "replace_unused", all_reduce)
     xp, dtype = lib.xp, lib.compute_dtype(codebook.dtype)
-    noise = drawn_noise(lib, "replace_unused", codebook, (count, width + 2), noise, rng)
+    noise = drawn_noise(ranks, codebook, (count, width + 2), noise, rng)
 
     codebook = lib.stop_gradient(codebook)
     words, finite = finite_rows(lib, lib.astype(codebook, dtype))
-    n = ranks.sum(lib.astype(lib.stop_gradient(counts), dtype))
-    n = xp.where(finite & xp.isfinite(n) & (n > 0), n, xp.zeros_like(n))
+    option = xp.zeros((1,), dtype=dtype, **lib.place(codebook))
+    ranks.same("codebook, threshold and jitter", words, option + threshold, option + jitter)
+    n = ranks.sum(_countable(lib, lib.astype(lib.stop_gradient(counts), dtype)))
+    n = xp.where(finite, _countable(lib, n), xp.zeros_like(n))
+    # Only proportions matter, and of order one their sums do not overflow.
+    n = n / power_of_two(lib, xp.max(n))
     unused = n <= threshold * xp.sum(n) / count
     number = xp.astype(unused, dtype)
-    order = xp.cumulative_sum(number)
+    order = lib.cumulative_sum(number)
     positions = (order - number + uniform(lib, noise[:, width:])) / _at_least_one(lib, number)
 
     if z is None:
-        weights = xp.where(unused, xp.zeros_like(n), n)
-        sources = xp.take(words, pick(lib, weights, positions), axis=0)
-        total, deviation = _deviation(Ranks(lib, "replace_unused", None), words, weights)
+        rows, weights = words, xp.where(unused, xp.zeros_like(n), n)
+        ranks = Ranks(lib, "replace_unused", None)
     else:
-        rows, valid = finite_rows(lib, lib.astype(flat_rows(lib, lib.stop_gradient(z)), dtype))
-        weights = xp.astype(valid, dtype)
-        sources = ranks.draw(rows, weights, positions)
-        total, deviation = _deviation(ranks, rows, weights)
+        rows = flat_rows(lib, lib.stop_gradient(z))
+        finite_in_it = lib.by_rows(lambda z: xp.all(xp.isfinite(lib.astype(z, dtype)), axis=1), rows)
+        weights = xp.astype(finite_in_it, dtype)
+    sources = ranks.draw(rows, weights, positions)
+    among = spread(ranks, rows, weights, dtype)
+    # Where all are equal, their size; where all are zero, 1.
+    deviation = xp.where(among.deviation > 0, among.deviation, among.size) / among.scale
+    deviation = xp.where(deviation > 0, deviation, xp.ones_like(deviation))
 
     e = noise[:, :width]
     # At least four units in the last place of the largest entry, so that the move survives rounding; four more for
     # each replacement, so that two of the same source differ.
-    unit = 4 * float(xp.finfo(codebook.dtype).eps) * xp.max(xp.abs(sources), axis=1, keepdims=True) * order[:, None]
+    info = xp.finfo(codebook.dtype)
+    largest = xp.max(xp.abs(sources), axis=1, keepdims=True)
+    normal = xp.where(largest == 0, largest, larger(lib, largest, xp.full_like(largest, float(info.smallest_normal))))
+    unit = 4 * float(info.eps) * normal * order[:, None]
     step = jitter * deviation * e + xp.where(e < 0, -unit, unit)
     if not isinstance(jitter, float):
         step = xp.where(jitter > 0, step, xp.zeros_like(e))
     elif jitter == 0:
         step = xp.zeros_like(e)
-    new = lib.astype(sources + step, codebook.dtype)
-    replaced = unused & (total > 0) & xp.all(xp.isfinite(new), axis=1)
+    new, other = (lib.astype(moved, codebook.dtype) for moved in (sources + step, sources - step))
+    # Next to the largest number there is room on one side only.
+    new = xp.where(xp.isfinite(new), new, other)
+    replaced = unused & (among.total > 0) & xp.all(xp.isfinite(new), axis=1)
     at = replaced[:, None]
     if state is not None:
         counts = xp.where(replaced, xp.zeros_like(state.counts), state.counts)
@@ -164,16 +185,11 @@ def replace_unused(
     return Replaced(xp.where(at, new, codebook), state, replaced)
 
 
-def _deviation(ranks: Ranks, rows: Array, weights: Array) -> tuple[Array, Array]:
-    """Total weight and mean absolute deviation of weighted rows, both (); where that is 0, mean size, or 1."""
-    xp = ranks.lib.xp
-    total = ranks.sum(xp.sum(weights))
-    share = (weights / xp.where(total > 0, total, xp.ones_like(total)))[:, None]
-    mean = ranks.sum(xp.sum(rows * share, axis=0, keepdims=True))
-    both = xp.stack([xp.sum(xp.abs(rows - mean) * share), xp.sum(xp.abs(rows) * share)])
-    both = ranks.sum(both) / rows.shape[1]
-    deviation, size = both[0], both[1]
-    return total, xp.where(deviation > 0, deviation, xp.where(size > 0, size, xp.ones_like(size)))
+def _countable(lib: Backend, n: Array) -> Array:
+    """Counts that can be added: 0 for what is none, the largest number for infinity."""
+    xp = lib.xp
+    largest = xp.full_like(n, float(xp.finfo(n.dtype).max))
+    return xp.where(n > 0, xp.where(n < largest, n, largest), xp.zeros_like(n))
 
 
 def _at_least_one(lib: Backend, x: Array) -> Array:

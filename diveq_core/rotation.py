@@ -55,6 +55,11 @@ class Rotation(Estimator):
     array([[2., 0.]])
     """
 
+    @property
+    def trains_codebook(self) -> bool:
+        # What is derived from it may train it.
+        return type(self) is not Rotation
+
     def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
         return _rotation(lib, z, q)(g, -1.0), None
 

@@ -189,55 +189,38 @@ class CurveRule(Rule):
             [t, *(lib.astype(lib.xp.reshape(noise.ends[j, ...], z.shape), t.dtype) for j in (0, 1))], axis=1
         )
 
-    def forward(self, z: Array, codebook: Array, indices: Array, noise: Array | None) -> Array:
+    @property
+    def noise_by_indices(self) -> bool:
+        return True
+
+    def gathered(self, codebook: Array, indices: Array) -> Array:
+        """Both ends of each row's segment, (N, 2 D)."""
         lib = self.lib
-        out_dtype = lib.result_dtype(z, codebook)
-        compute = self._compute_dtype(z, codebook)
+        ends = [lib.take_rows(codebook, i) for i in (indices, _following(lib, indices))]
+        return lib.xp.concat(ends, axis=1)
 
-        def rows(z: Array, indices: Array, noise: Array) -> Array:
-            ends, t, eps = self._ends(codebook, indices, noise, compute)
-            return lib.astype(self.estimator.on_curve(lib, compute(z), ends, t, eps), out_dtype)
+    def _value(self, z: Array, q: Array, noise: Any) -> Array:
+        return self.estimator.on_curve(self.lib, z, _ends(q), *_unpacked(noise))
 
-        return lib.by_rows(rows, z, indices, noise)
+    def _cotangents(self, z: Any, q: Any, noise: Any, g: Any) -> tuple[Array, Any, Any]:  # type: ignore[override]
+        return self.estimator.curve_vjp(self.lib, z, _ends(q), *_unpacked(noise), g)
 
-    def pullback(self, z: Array, codebook: Array, indices: Array, noise: Array | None, g: Array) -> tuple[Array, Array]:
-        lib = self.lib
-        compute = self._compute_dtype(z, codebook)
-        g_codebook = lib.xp.zeros_like(compute(codebook))
+    def _spread(self, total: Array, indices: Any, g_1: Any, g_2: Any) -> Array:  # type: ignore[override]
+        total = self.lib.segment_add(total, g_1, indices)
+        return self.lib.segment_add(total, g_2, _following(self.lib, indices))
 
-        def rows(z_rows: Array, indices: Array, noise: Array, g: Array) -> Array:
-            nonlocal g_codebook
-            ends, t, eps = self._ends(codebook, indices, noise, compute)
-            g_z, g_1, g_2 = self.estimator.curve_vjp(lib, compute(z_rows), ends, t, eps, compute(g))
-            g_codebook = lib.segment_add(g_codebook, g_1, indices)
-            g_codebook = lib.segment_add(g_codebook, g_2, _following(lib, indices))
-            return lib.astype(g_z, z.dtype)
+    def _tangent(self, z: Any, q: Any, noise: Any, dz: Any, dq: Any) -> Array:
+        return self.estimator.curve_jvp(self.lib, z, _ends(q), *_unpacked(noise), dz, _ends(dq))
 
-        g_z = lib.by_rows(rows, z, indices, noise, g)
-        return g_z, lib.astype(g_codebook, codebook.dtype)
 
-    def pushforward(
-        self, z: Array, codebook: Array, indices: Array, noise: Array | None, dz: Array, dcodebook: Array
-    ) -> Array:
-        lib = self.lib
-        out_dtype = lib.result_dtype(z, codebook)
-        compute = self._compute_dtype(z, codebook)
+def _ends(both: Array) -> tuple[Array, Array]:
+    width = both.shape[1] // 2
+    return both[:, :width], both[:, width:]
 
-        def rows(z: Array, indices: Array, noise: Array, dz: Array) -> Array:
-            ends, t, eps = self._ends(codebook, indices, noise, compute)
-            dends = [compute(lib.take_rows(dcodebook, i)) for i in (indices, _following(lib, indices))]
-            return lib.astype(self.estimator.curve_jvp(lib, compute(z), ends, t, eps, compute(dz), dends), out_dtype)
 
-        return lib.by_rows(rows, z, indices, noise, dz)
-
-    def _ends(
-        self, codebook: Array, indices: Array, noise: Array, compute: Any
-    ) -> tuple[tuple[Array, Array], Array, Array | None]:
-        lib = self.lib
-        c_1 = compute(lib.take_rows(codebook, indices))
-        c_2 = compute(lib.take_rows(codebook, _following(lib, indices)))
-        noise = compute(noise)
-        return (c_1, c_2), noise[:, :1], noise[:, 1:] if noise.shape[1] > 1 else None
+def _unpacked(noise: Array) -> tuple[Array, Array | None]:
+    """t and the noise of both ends."""
+    return noise[:, :1], noise[:, 1:] if noise.shape[1] > 1 else None
 
 
 def on_segment(c_1: Array, c_2: Array, t: Array) -> Array:

@@ -39,7 +39,7 @@ def pytest_sessionstart(session):
     settings.register_profile("mutants", parent=suite, database=None, report_multiple_bugs=False, phases=phases)
     settings.load_profile("mutants")
     here = pathlib.Path(__file__).parent
-    for name in ("diveq_core", "diveq_numpy", "diveq_torch", "diveq_jax"):
+    for name in ("diveq_core", "diveq_numpy", "diveq_torch", "diveq_jax", "diveq_mlx"):
         assert here in pathlib.Path(importlib.util.find_spec(name).origin).parents, f"{name} is not the copy"
 
 def pytest_collectreport(report):
@@ -95,9 +95,11 @@ ROTATION, SPACE_FILLING = (f"diveq_core/{name}.py" for name in ("rotation", "spa
 RESIDUAL, PRODUCT = (f"diveq_core/{name}.py" for name in ("residual", "product"))
 CURVE_MODULE, FSQ = (f"diveq_core/{name}.py" for name in ("curve", "fsq"))
 FSQ_RULE, GUMBEL_RULE = (f"diveq_core/{name}.py" for name in ("fsq_rule", "gumbel_rule"))
+GUMBEL = "diveq_core/gumbel.py"
 CUSTOM_RADIUS = "diveq_core/custom_radius.py"
 LOSSES, CODEBOOK, LINEAR = (f"diveq_core/{name}.py" for name in ("losses", "codebook", "linear"))
 COMPOSE, REPLACEMENT = "diveq_core/compose.py", "diveq_core/replacement.py"
+RANKS, SPREAD = "diveq_core/ranks.py", "diveq_core/spread.py"
 KMEANS, COSINE, DIAGNOSTICS = (f"diveq_core/{name}.py" for name in ("kmeans", "cosine", "diagnostics"))
 SEARCH, NUMPY_SEARCH, TORCH_SEARCH = (
     "diveq_core/search.py",
@@ -186,8 +188,8 @@ MUTANTS = (
     Mutant(
         "hard: z + (q - z) for q",
         RULE,
-        "return lib.astype(lib.take_rows(codebook, indices), out_dtype)",
-        "return lib.astype(z + (lib.take_rows(codebook, indices) - z), out_dtype)",
+        "lib.astype(codebook if indices is None else lib.take_rows(codebook, indices), self.out_dtype)",
+        "lib.astype(z + (lib.take_rows(codebook, indices) - z), self.out_dtype)",
         "test_estimators.py bit_for_bit and numpy and STE",
     ),
     # What carries derivatives and what does not
@@ -224,7 +226,7 @@ MUTANTS = (
     Mutant(
         "JAX: nothing is held constant",
         JAX,
-        "return jax.lax.stop_gradient(x)",
+        "return jax.lax.stop_gradient(_array(x))",
         "return x",
         second("DiVeQ", "jax"),
     ),
@@ -405,39 +407,43 @@ MUTANTS = (
     Mutant(
         "rule: all cotangents to codeword 0",
         RULE,
-        "lib.segment_add(g_codebook, g_q, indices)",
-        "lib.segment_add(g_codebook, g_q, indices * 0)",
+        "lib.segment_add(total, g_q, indices)",
+        "lib.segment_add(total, g_q, indices * 0)",
         verbs("DiVeQ"),
     ),
     Mutant(
         "rule: noise lost in the pullback",
         RULE,
-        "q, compute(noise), compute(g))",
-        "q, compute(g), compute(g))",
+        "self.estimator.vjp(self.lib, z, q, noise, g)",
+        "self.estimator.vjp(self.lib, z, q, g, g)",
         verbs("DiVeQ or NSVQ"),
     ),
     Mutant(
         "rule: the tangent of codeword 0 for all",
         RULE,
-        "lib.take_rows(dcodebook, indices)",
-        "lib.take_rows(dcodebook, indices * 0)",
+        "self.gathered(dcodebook, indices)",
+        "self.gathered(dcodebook, indices * 0)",
         verbs("DiVeQ"),
     ),
     Mutant(
-        "rule: g_z in the dtype of computation", RULE, "return lib.astype(g_z, z.dtype)", "return g_z", verbs("DiVeQ")
+        "rule: g_z in the dtype of computation",
+        RULE,
+        "return lib.astype(g_z, self.z_dtype)",
+        "return g_z",
+        verbs("DiVeQ"),
     ),
     Mutant(
         "rule: g_codebook in the dtype of computation",
         RULE,
-        "return g_z, lib.astype(g_codebook, codebook.dtype)",
-        "return g_z, g_codebook",
+        "return g_z, None if total is None else lib.astype(total, self.codebook_dtype)",
+        "return g_z, total",
         verbs("DiVeQ"),
     ),
     Mutant(
         "rule: half precision throughout",
         RULE,
-        "dtype = lib.compute_dtype(lib.result_dtype(z, codebook))",
-        "dtype = lib.result_dtype(z, codebook)",
+        "self.lib.compute_dtype(self.out_dtype)",
+        "self.out_dtype",
         verbs("DiVeQ or Power"),
     ),
     Mutant(
@@ -499,31 +505,52 @@ MUTANTS = (
     ),
     Mutant(
         "JAX: repeated indices lost",
-        JAX,
+        "backends/diveq_jax/sharding.py",
         'total.at[segments].add(values, mode="drop"',
         'total.at[segments].set(values, mode="drop"',
         bound("DiVeQ", "jax"),
     ),
     # Bindings
     Mutant(
+        "MLX: the gradient flows through a stop-gradient",
+        "backends/diveq_mlx/__init__.py",
+        "        return mx.stop_gradient(x)\n",
+        "        return x\n",
+        "backends/test_mlx.py losses",
+    ),
+    Mutant(
+        "MLX: the codebook's cotangent lost",
+        "backends/diveq_mlx/bind.py",
+        "        if g_codebook is None:\n",
+        "        if True:\n",
+        bound("DiVeQ", "mlx"),
+    ),
+    Mutant(
+        "MLX: vmap takes the first codebook for all",
+        "backends/diveq_mlx/bind.py",
+        "    if axes[1] is not None:\n",
+        "    if axes[1] is not None and not (operands := (operands[0], batched[1][0])):\n",
+        "backends/test_mlx.py vmap",
+    ),
+    Mutant(
         "torch: backward is straight-through",
         TORCH_BIND,
-        "return None, g_z, g_codebook, None, None",
-        "return None, g, g_codebook, None, None",
+        "return None, None, g_z, g_codebook, None, None",
+        "return None, None, g, g_codebook, None, None",
         bound("DiVeQ", "torch"),
     ),
     Mutant(
         "torch: sign of the codebook's gradient",
         TORCH_BIND,
-        "return None, g_z, g_codebook, None, None",
-        "return None, g_z, -g_codebook, None, None",
+        "return None, None, g_z, g_codebook, None, None",
+        "return None, None, g_z, -g_codebook, None, None",
         bound("DiVeQ", "torch"),
     ),
     Mutant(
         "torch: pushforward forgets the codebook",
         TORCH_BIND,
-        "indices, noise, dz, dcodebook)",
-        "indices, noise, dz, torch.zeros_like(codebook))",
+        "return _pushed(ctx.rule, z, codebook, indices, noise, dz, dcodebook)",
+        "return _pushed(ctx.rule, z, codebook, indices, noise, dz, torch.zeros_like(codebook))",
         "test_estimators.py pushes_forward and torch and DiVeQ",
     ),
     Mutant(
@@ -534,10 +561,108 @@ MUTANTS = (
         "test_estimators.py pushes_forward and torch and DiVeQ",
     ),
     Mutant(
+        "torch: a codebook without gradient is read late",
+        TORCH_BIND,
+        "    if not rule.trains_codebook:\n        return True",
+        "    if not rule.trains_codebook:\n        return False",
+        "backends/test_torch.py gradient_is_of_the_one and data and Rotation",
+    ),
+    Mutant(
+        "torch: no tangents under torch.func in a compiled function",
+        TORCH_BIND,
+        "moved = rule.pushforward(*inner, inner[0] - z, inner[1] - codebook)",
+        "moved = rule.pushforward(*inner, inner[0] - inner[0], inner[1] - codebook)",
+        "backends/test_torch.py inside_a_compiled and jvp and not aot",
+    ),
+    Mutant(
+        "torch: dual numbers in a compiled function have no tangent",
+        TORCH_BIND,
+        "moved = _pushed(rule, own, words, indices, noise, dz, dcodebook)",
+        "moved = torch.zeros_like(own)",
+        "backends/test_torch.py dual_numbers and inside and DiVeQ",
+    ),
+    Mutant(
+        "torch: dual numbers lost on the way into a compiled function",
+        TORCH_BIND,
+        "if not (z.requires_grad or codebook.requires_grad):",
+        "if False:",
+        "backends/test_torch.py dual_numbers and outside and DiVeQ",
+    ),
+    Mutant(
+        "torch: gradients of zeros for a codebook that gets none",
+        ROTATION,
+        "return type(self) is not Rotation",
+        "return True",
+        "backends/test_torch.py weight_decay",
+    ),
+    Mutant(
+        "the pullback reads the codebook late",
+        "diveq_core/quantize.py",
+        "words = None if rule.constant else lib.snapshot(codebook)",
+        "words = None if rule.constant else codebook",
+        "test_quantize.py was_used and numpy",
+    ),
+    Mutant(
+        "Gumbel: the pullback reads the codebook late",
+        "diveq_core/gumbel.py",
+        "words = call.lib.snapshot(codebook)",
+        "words = codebook",
+        "test_quantize.py other_pullbacks and numpy and gumbel",
+    ),
+    Mutant(
+        "codebook loss: the pullback reads the codebook late",
+        LOSSES,
+        "call.lib.snapshot(codebook)\n\n    def pullback(g: Array, /) -> Array:\n        rows = -call",
+        "codebook\n\n    def pullback(g: Array, /) -> Array:\n        rows = -call",
+        "test_quantize.py other_pullbacks and numpy and codebook_loss",
+    ),
+    Mutant(
+        "commitment loss: the pullback reads the codebook late",
+        LOSSES,
+        "call.lib.snapshot(codebook)\n\n    def pullback(g: Array, /) -> Array:\n        rows = call",
+        "codebook\n\n    def pullback(g: Array, /) -> Array:\n        rows = call",
+        "test_quantize.py other_pullbacks and numpy and commitment_loss",
+    ),
+    Mutant(
+        "linear codebook: the pullback reads the weight late",
+        LINEAR,
+        "frozen, weight = lib.snapshot(frozen), lib.snapshot(weight)",
+        "frozen = lib.snapshot(frozen)",
+        "test_quantize.py other_pullbacks and numpy and linear",
+    ),
+    Mutant(
+        "linear codebook: the pullback reads the frozen factor late",
+        LINEAR,
+        "frozen, weight = lib.snapshot(frozen), lib.snapshot(weight)",
+        "weight = lib.snapshot(weight)",
+        "test_quantize.py other_pullbacks and numpy and linear",
+    ),
+    Mutant(
+        "normalize: the pullback reads its argument late",
+        COSINE,
+        "kept = lib.snapshot(x)",
+        "kept = x",
+        "test_quantize.py other_pullbacks and numpy and normalize",
+    ),
+    Mutant(
+        "Mahalanobis: the caller's array read late",
+        RADIUS,
+        "lib.snapshot(lib.stop_gradient(self.matrix))",
+        "self.matrix",
+        "test_radius.py matrix_that_is_overwritten",
+    ),
+    Mutant(
+        "Mahalanobis: equal whatever the entries",
+        RADIUS,
+        "_numbers(lib, self.matrix)).tobytes()",
+        "_numbers(lib, self.matrix)).tobytes()[:0]",
+        "test_radius.py equal_matrices and numpy",
+    ),
+    Mutant(
         "JAX: sign of the pullback",
         JAX_BIND,
-        "ad.instantiate_zeros(g))\n    wanted",
-        "-ad.instantiate_zeros(g))\n    wanted",
+        "ad.instantiate_zeros(g))\n\n    def wanted",
+        "-ad.instantiate_zeros(g))\n\n    def wanted",
         bound("DiVeQ", "jax"),
     ),
     Mutant(
@@ -585,8 +710,8 @@ MUTANTS = (
     Mutant(
         "curve: the second end gets no gradient",
         SPACE_FILLING,
-        "            g_codebook = lib.segment_add(g_codebook, g_2, _following(lib, indices))\n",
-        "",
+        "return self.lib.segment_add(total, g_2, _following(self.lib, indices))",
+        "return total",
         CURVE,
     ),
     Mutant(
@@ -595,15 +720,15 @@ MUTANTS = (
     Mutant(
         "curve: position not clipped",
         CURVE_MODULE,
-        "xp.where(t > 1, xp.ones_like(t), t)",
-        "t",
+        "within(lib, lib.dot(d, step) / one_where(lib, squared == 0, squared), 0.0, 1.0)",
+        "lib.dot(d, step) / one_where(lib, squared == 0, squared)",
         "test_space_filling.py projection",
     ),
     Mutant(
         "residual: the residual not reduced",
         RESIDUAL,
-        "residual = residual - outs[-1].z_q",
-        "residual = residual",
+        "residual = residual - stages[-1][0]\n        return",
+        "residual = residual + 0\n        return",
         "test_compose.py autograd",
     ),
     Mutant(
@@ -612,6 +737,41 @@ MUTANTS = (
         "g_q = g if g_residual is None else g - g_residual",
         "g_q = g",
         "test_compose.py autograd",
+    ),
+    Mutant(
+        "residual: computed in 16 bits",
+        RESIDUAL,
+        "dtype = lib.compute_dtype(lib.result_dtype(z, codebook))",
+        "dtype = lib.result_dtype(z, codebook)",
+        "test_compose_dtypes.py bit_for_bit and numpy",
+    ),
+    Mutant(
+        "residual: decoded in the dtype of the codebook",
+        RESIDUAL,
+        "wide = asked if lib.xp.finfo(asked).bits > lib.xp.finfo(held).bits else held",
+        "wide = codebook.dtype",
+        "test_compose_dtypes.py bit_for_bit and numpy",
+    ),
+    Mutant(
+        "residual: a dropped stage decodes to NaN",
+        RESIDUAL,
+        "lib.xp.where(dropped, lib.xp.zeros_like(q), q)",
+        "q",
+        "test_compose_dtypes.py dropped_stage_adds and numpy",
+    ),
+    Mutant(
+        "residual: a dropped stage gets the gradient",
+        RESIDUAL,
+        "pullback_of_stage(stage.kept(g_q))",
+        "pullback_of_stage(g_q)",
+        "test_compose_dtypes.py passes_by_a_dropped and numpy",
+    ),
+    Mutant(
+        "residual: a dropped stage moves what is left",
+        RESIDUAL,
+        "self.lib.xp.where(self.dropped, self.lib.xp.zeros_like(x), x)",
+        "x",
+        "test_compose_dtypes.py dropped_stage_adds and numpy",
     ),
     Mutant(
         "product: groups overlap",
@@ -641,6 +801,20 @@ MUTANTS = (
         "kept = zero_rows(lib, lib.xp.expand_dims(indices < 0, axis=1), g)",
         "kept = g",
         "test_gumbel.py not_finite_adds and jax",
+    ),
+    Mutant(
+        "Gumbel: a codeword excluded loses the row",
+        GUMBEL,
+        "xp.all(there | (xp.isinf(total) & (total < 0)), axis=-1)",
+        "xp.all(there, axis=-1)",
+        "test_gumbel.py excludes_its_codeword and torch",
+    ),
+    Mutant(
+        "Gumbel: a row without codewords has a first",
+        GUMBEL,
+        " & xp.any(there, axis=-1)",
+        "",
+        "test_gumbel.py nothing_left and numpy",
     ),
     Mutant("Gumbel: y y^T lost", GUMBEL_RULE, "y * (x - self.lib.dot(y, x))", "y * x", "test_gumbel.py torch"),
     # Pushforwards of these
@@ -727,8 +901,8 @@ MUTANTS = (
     Mutant(
         "search: no scale",
         SEARCH,
-        "inverse_scale = (1 / spread) * 2.0**-_HEADROOM",
-        "inverse_scale = spread / spread",
+        "return centre, xp.where(spread < 1,",
+        "return centre, xp.ones_like(spread) + 0 * xp.where(spread < 1,",
         "test_search.py (scaling_by or largest) and strict",
     ),
     Mutant(
@@ -741,8 +915,8 @@ MUTANTS = (
     Mutant(
         "search: the last of copies",
         SEARCH,
-        "xp.searchsorted(group, group)",
-        'xp.searchsorted(group, group, side="right") - 1',
+        "first = lib.as_indices(lib.first_equal(lib.row_keys(codebook)))",
+        "first = lib.as_indices(xp.arange(codebook.shape[0]))",
         "test_search.py copies_give and strict",
     ),
     Mutant(
@@ -776,9 +950,9 @@ MUTANTS = (
     Mutant(
         "faiss: vectors not centred",
         NUMPY_SEARCH,
-        "astype(e.dtype, copy=False) - centre) * inverse_scale",
-        "astype(e.dtype, copy=False)) * inverse_scale",
-        "test_search.py nearest_is_right and numpy and not without",
+        "np.subtract(z[start : start + rows], centre, dtype=e.dtype)",
+        "np.subtract(z[start : start + rows], 0 * centre, dtype=e.dtype)",
+        "test_search_accuracy.py statement and numpy and order",
     ),
     Mutant(
         "torch: a scaled sum with the scale's sign lost",
@@ -797,8 +971,8 @@ MUTANTS = (
     Mutant(
         "torch's product: not scaled",
         TORCH_SEARCH,
-        "out=y[here, :-1]).mul_(inverse_scale)",
-        "out=y[here, :-1])",
+        "search.framed_rows(lib, chunk, centre, scale)",
+        "search.framed_rows(lib, chunk, centre, scale / scale)",
         "test_search.py nearest_is_right and product",
     ),
     Mutant(
@@ -814,6 +988,69 @@ MUTANTS = (
         "if canonical is not None:",
         "if False:",
         "test_search.py round_apart and numpy",
+    ),
+    Mutant(
+        "search: far vectors not brought back",
+        SEARCH,
+        "inside = size * scale <= 2.0 ** (REACH - 2)",
+        "inside = size >= 0",
+        "test_search_accuracy.py (never_lost or statement) and strict",
+    ),
+    Mutant(
+        "search: far vectors without their weight",
+        SEARCH,
+        "xp.where(inside, xp.ones_like(size), (0.25 / scale) / own)",
+        "xp.ones_like(size)",
+        "test_search_accuracy.py (never_lost or statement) and strict",
+    ),
+    Mutant(
+        "search: differences of the largest codewords overflow",
+        SEARCH,
+        "part = xp.where(scale < 1, xp.full_like(scale, 0.25), xp.ones_like(scale))",
+        "part = xp.ones_like(scale)",
+        "test_search_accuracy.py statement and strict and overflow",
+    ),
+    Mutant(
+        "search: an infinite spread",
+        SEARCH,
+        "power_of_two(lib, xp.where(xp.isfinite(reach), reach, largest))",
+        "power_of_two(lib, reach)",
+        "test_search_accuracy.py statement and strict and overflow",
+    ),
+    Mutant(
+        "NumPy's product: far vectors not brought back",
+        NUMPY_SEARCH,
+        "        if not near:\n            y[here, :-1], y[here, -1:] =",
+        "        if False:\n            y[here, :-1], y[here, -1:] =",
+        "test_search_accuracy.py (never_lost or statement) and numpy",
+    ),
+    Mutant(
+        "NumPy's product: a weight left behind",
+        NUMPY_SEARCH,
+        "        if not near:\n            y[:, -1] = 1",
+        "        if False:\n            y[:, -1] = 1",
+        "test_search_accuracy.py left_behind",
+    ),
+    Mutant(
+        "faiss: believed for any vector",
+        NUMPY_SEARCH,
+        'far = np.flatnonzero(~(squares <= np.take(limit, chosen, mode="clip")) | (chosen < 0))',
+        "far = np.flatnonzero(chosen < 0)",
+        "test_search_accuracy.py (with_and_without or statement) and numpy",
+    ),
+    Mutant(
+        "faiss: its lost vectors are lost",
+        NUMPY_SEARCH,
+        "| (chosen < 0))",
+        "& (chosen >= 0))",
+        "test_search_accuracy.py never_lost and numpy",
+    ),
+    Mutant(
+        "NumPy: another byte order in float32",
+        NUMPY,
+        "np.float64 if dtype.itemsize == 8 else np.float32",
+        "np.float64 if dtype == np.dtype(np.float64) else np.float32",
+        "test_search_accuracy.py byte_order",
     ),
     # Losses, upkeep of codebooks and diagnostics
     Mutant(
@@ -847,8 +1084,8 @@ MUTANTS = (
     Mutant(
         "EMA: decay exchanged",
         CODEBOOK,
-        "decay * state.counts + (1 - decay) * c",
-        "(1 - decay) * state.counts + decay * c",
+        "decay * old + (1 - decay) * xp.where",
+        "(1 - decay) * old + decay * xp.where",
         "test_codebook.py sums_over_counts and numpy",
     ),
     Mutant(
@@ -877,7 +1114,7 @@ MUTANTS = (
         CODEBOOK,
         "used & xp.all(xp.isfinite(rounded), axis=1)",
         "used",
-        "test_codebook.py never_written and numpy",
+        "test_upkeep.py beyond_its_dtype",
     ),
     Mutant(
         "EMA: the state is rounded to 16 bits",
@@ -889,8 +1126,8 @@ MUTANTS = (
     Mutant(
         "EMA: each rank by itself",
         CODEBOOK,
-        "total = ranks.sum(lib.segment_sum(counted, segments, codebook.shape[0]))",
-        "total = lib.segment_sum(counted, segments, codebook.shape[0])",
+        "    total = ranks.sum(total)",
+        "    total = total + 0",
         "test_codebook.py ranks_move and numpy",
     ),
     Mutant(
@@ -917,8 +1154,8 @@ MUTANTS = (
     Mutant(
         "replacement: used codewords alike",
         REPLACEMENT,
-        "weights = xp.where(unused, xp.zeros_like(n), n)",
-        "weights = xp.where(unused, xp.zeros_like(n), xp.ones_like(n))",
+        "words, xp.where(unused, xp.zeros_like(n), n)",
+        "words, xp.where(unused, xp.zeros_like(n), xp.ones_like(n))",
         "test_codebook.py in_proportion",
     ),
     Mutant(
@@ -969,8 +1206,8 @@ MUTANTS = (
     Mutant(
         "k-means++: drawn in proportion to the distance",
         KMEANS,
-        "closest[0, :], self.weights)",
-        "closest[0, :] ** 0.5, self.weights)",
+        "inertia > 0, closest, self.weights)",
+        "inertia > 0, closest**0.5, self.weights)",
         "test_kmeans.py plus_plus_by_definition",
     ),
     Mutant(
@@ -990,7 +1227,7 @@ MUTANTS = (
     Mutant(
         "normalize: the length lost",
         COSINE,
-        "u) * u) * safe_inverse(lib, rho)",
+        "u) * u) / one_where(lib, rho == 0, rho)",
         "u) * u)",
         "test_linear.py pullback_of_normalize and numpy",
     ),
@@ -1000,6 +1237,97 @@ MUTANTS = (
         "xp.astype(rho == 0, rho.dtype)",
         "xp.astype(rho < 0, rho.dtype)",
         "test_linear.py zeros_have and numpy",
+    ),
+    Mutant(
+        "ranks: the sum is given the caller's array",
+        RANKS,
+        "self.all_reduce(lib.copy(x))",
+        "self.all_reduce(x)",
+        "test_upkeep.py sum_is_given_a_copy and numpy",
+    ),
+    Mutant(
+        "ranks: each keeps its own noise",
+        RANKS,
+        "return ranks.agreed(lib.standard_normal(function, zeros, rng))",
+        "return lib.standard_normal(function, zeros, rng)",
+        "test_upkeep.py any_seed and numpy",
+    ),
+    Mutant(
+        "ranks: noise as long as that of all",
+        RANKS,
+        "total[:-2], total[-2] / total[-1]",
+        "total[:-2], total[-2]",
+        "test_upkeep.py agree_on_is_standard_normal",
+    ),
+    Mutant(
+        "ranks: differences go unseen",
+        RANKS,
+        "differs = xp.any(xp.abs(own - mean) > rounding)",
+        "differs = xp.any(xp.abs(own - own) > rounding)",
+        "test_upkeep.py told_so and numpy",
+    ),
+    Mutant(
+        "spread: large vectors as they are",
+        SPREAD,
+        "one * reach**-2, xp.where(",
+        "one, xp.where(",
+        "test_upkeep.py differences_overflow and torch",
+    ),
+    Mutant(
+        "spread: small vectors as they are",
+        SPREAD,
+        "one, one * reach**2))",
+        "one, one))",
+        "test_upkeep.py kmeans_is_the_same_at_every_scale",
+    ),
+    Mutant(
+        "k-means: a codeword that stays is rounded",
+        KMEANS,
+        "found = xp.where(kept, begin, found)",
+        "found = xp.where(kept, found, found)",
+        "test_upkeep.py does_not_move and numpy",
+    ),
+    Mutant(
+        "EMA: large differences as they are",
+        CODEBOOK,
+        "largest > reach, one * reach**-2, one",
+        "largest > reach, one, one",
+        "test_upkeep.py averages_of_the_largest and numpy",
+    ),
+    Mutant(
+        "EMA: the state is the codebook",
+        CODEBOOK,
+        "lib.copy(lib.stop_gradient(codebook))",
+        "lib.stop_gradient(codebook)",
+        "test_upkeep.py changes_nothing and numpy",
+    ),
+    Mutant(
+        "replacement: next to the largest number there is no room",
+        REPLACEMENT,
+        "xp.where(xp.isfinite(new), new, other)",
+        "xp.where(xp.isfinite(new), new, new)",
+        "test_upkeep.py ends_of_the_range",
+    ),
+    Mutant(
+        "normalize: half of the scale",
+        COSINE,
+        "across * half * half",
+        "across * half",
+        "test_upkeep.py derivative_of_a_direction",
+    ),
+    Mutant(
+        "usage: one sum of ones",
+        DIAGNOSTICS,
+        "flat.shape[0] <= _COUNTED_AT_ONCE",
+        "flat.shape[0] > 0",
+        "test_upkeep.py beyond_the_whole",
+    ),
+    Mutant(
+        "NumPy: underflow is raised",
+        NUMPY,
+        'with np.errstate(all="ignore"):',
+        'with np.errstate(over="ignore", invalid="ignore"):',
+        "test_upkeep.py nothing_is_raised and GumbelST",
     ),
     Mutant(
         "coefficient: z added",

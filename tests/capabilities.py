@@ -63,9 +63,12 @@ def _autodiff(library: Library, row: Row, inputs: list[Any], g: Any) -> tuple[An
         listed(row.forward(*leaves))[0].backward(g)
         zeros = [library.to(np.zeros(x.shape, np.float32)) for x in inputs]
         return tuple(zeros[i] if leaves[i].grad is None else leaves[i].grad for i in row.to)
-    import jax
-
-    return jax.grad(lambda *x: (listed(row.forward(*x))[0] * g).sum(), row.to)(*inputs)
+    if library.name == "mlx":
+        from mlx.core import grad
+    else:
+        from jax import grad
+    found = grad(lambda *x: (listed(row.forward(*x))[0] * g).sum(), row.to)(*inputs)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def columns() -> dict[str, Library | None]:
@@ -126,6 +129,8 @@ def page(before: str) -> str:
             "Gradients under each are NumPy's too. Derivatives of second order are compared with those of the",
             "explicit pullback, differentiated once, and of `Residual` with its stop-gradient expression's.",
             '`compile` is `torch.compile(fullgraph=True, backend="aot_eager")`, of all estimators in one graph.',
+            'What is said to be in it is a transformation inside one graph of each, under `backend="eager"`.',
+            "`FSDP2` is `fully_shard` of a module with the codebook as its parameter, in a group of one process.",
             "",
             *_table("estimator", ESTIMATORS, list(TRANSFORMATIONS), tried_transformation),
             "",

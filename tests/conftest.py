@@ -53,6 +53,14 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return _Skipped.from_parent(parent, path=module_path)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is slow runs where it is asked for, by ``-m slow`` say."""
+    if not config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
 @dataclass(frozen=True)
 class Library:
     """An array library under test."""
@@ -93,7 +101,8 @@ def _mlx() -> Library:
     def back(x: Any) -> np.ndarray:
         return np.asarray(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
-    return Library("mlx", lambda x: mx.array(np.asarray(x)), back, float64=False, bfloat16=mx.bfloat16)
+    to = lambda x: mx.array(np.asarray(x))  # noqa: E731
+    return Library("mlx", to, back, float64=False, differentiates=True, bfloat16=mx.bfloat16)
 
 
 def _torch() -> Library:

@@ -49,6 +49,20 @@ def figures(path):
     return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
 
 
+def test_a_stack_of_grey_images(tmp_path):
+    from sklearn.datasets import load_digits
+
+    np.save(tmp_path / "digits.npy", load_digits().images)
+    out, data = tmp_path / "a.png", tmp_path / "a.json"
+    result = invoke("--data", tmp_path / "digits.npy", *SMALL, "--estimators", "ste", "--out", out, "--json", data)
+    assert result.exit_code == 0, result.output
+    assert "patches of 4 x 4 x 1, 3594 held out" in result.stdout
+    assert list(figures(data)) == ["ste"]
+    refused = invoke("--data", tmp_path / "digits.npy", *SMALL, "--patch", 5, "--out", out)
+    assert refused.exit_code != 0
+    assert "two patches high" in refused.output
+
+
 def test_default_recipes(photograph, tmp_path):
     out, data = tmp_path / "a.png", tmp_path / "a.json"
     result = invoke("--data", photograph, *SMALL, "--out", out, "--json", data)

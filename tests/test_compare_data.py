@@ -62,7 +62,14 @@ def test_folder_in_order_of_names(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "count", "first"),
-    [((8, 6), 1, (8, 6, 1)), ((8, 6, 3), 1, (8, 6, 3)), ((4, 8, 6, 1), 4, (8, 6, 1))],
+    [
+        ((8, 6), 1, (8, 6, 1)),
+        ((8, 6, 1), 1, (8, 6, 1)),
+        ((8, 6, 3), 1, (8, 6, 3)),
+        ((4, 8, 6), 4, (8, 6, 1)),
+        ((4, 8, 6, 1), 4, (8, 6, 1)),
+        ((4, 8, 6, 3), 4, (8, 6, 3)),
+    ],
 )
 @pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float64])
 def test_arrays(tmp_path, shape, count, first, dtype):
@@ -78,13 +85,14 @@ def test_arrays(tmp_path, shape, count, first, dtype):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.zeros((8, 8), int), "uint8, or floating in .0, 1., got dtype int64"),
+        (np.zeros((8, 8), bool), "must be integers or floating, got dtype bool"),
         (np.zeros(8), r"must have shape .*, got \(8,\)"),
-        (np.zeros((8, 8, 5)), r"C = 1 or 3, got \(8, 8, 5\)"),
+        (np.zeros((2, 8, 8, 5)), r"C = 1 or 3, got \(2, 8, 8, 5\)"),
         (np.zeros((0, 8, 3)), r"got \(0, 8, 3\)"),
         (np.full((8, 8), np.nan), "must be finite, got NaN or infinity"),
         (np.full((8, 8), np.inf), "must be finite, got NaN or infinity"),
-        (np.full((8, 8), 255.0), "got values from 255 to 255"),
+        (np.full((8, 8), 256.0), r"must lie in \[0, 1\] or \[0, 16\] or \[0, 255\], got values from 256 to 256"),
+        (np.full((8, 8), -1), "got values from -1 to -1"),
         (np.array([None, 1], dtype=object), "a .npy file of numbers"),
     ],
 )
@@ -168,3 +176,34 @@ def test_standardized_by_the_training_region():
 def test_too_small_or_uniform(image, message):
     with pytest.raises(CompareError, match=message):
         Patches(Images([image], "what"), 4)
+
+
+@pytest.mark.parametrize("white", [1, 16, 255])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64, np.uint16])
+def test_the_smallest_white_that_none_exceeds(tmp_path, white, dtype):
+    values = np.random.default_rng(0).integers(0, white + 1, (3, 8, 8)).astype(dtype)
+    values[0, 0, 0] = white
+    np.save(tmp_path / "a.npy", values)
+    images, _ = load_images(tmp_path / "a.npy")
+    assert [image.shape for image in images] == [(8, 8, 1)] * 3
+    np.testing.assert_array_equal(np.stack(images)[..., 0], (values / white).astype(np.float32))
+
+
+def test_digits_as_scikit_learn_gives_them(tmp_path):
+    """(1797, 8, 8) with values from 0 to 16, in which a patch must fit twice."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits().images
+    np.save(tmp_path / "digits.npy", digits)
+    images = load_images(tmp_path / "digits.npy")
+    assert len(images.images) == 1797
+    patches = Patches(images, 4)
+    assert patches.held_out.shape == (1797 * 2, 16)
+    assert patches.positions == 1797 * 5
+    np.testing.assert_allclose(
+        np.concatenate([patches.assemble(patches.held_out, i) for i in range(3)])[..., 0],
+        np.concatenate(digits[:3, 4:] / 16),
+        atol=1e-6,  # numbers of order one, once through float32
+    )
+    with pytest.raises(CompareError, match=r"two patches high and one wide, 10 x 5 pixels .* got 8 x 8"):
+        Patches(images, 5)

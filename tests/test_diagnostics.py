@@ -203,8 +203,8 @@ def test_errors_of_counts(library: Library):
         name = function.__name__
         with pytest.raises(ValueError, match=rf"^{name}: counts must have shape \(K,\), got \(2, 2\)$"):
             function(library.to(np.zeros((2, 2), np.float32)))
-        with pytest.raises(TypeError, match=rf"^{name}: counts must have a real floating dtype .*, got .*int32"):
-            function(library.to(np.zeros(2, np.int32)))
+        with pytest.raises(TypeError, match=rf"^{name}: counts must have a real floating dtype .*, got .*bool"):
+            function(library.to(np.zeros(2, bool)))
         with pytest.raises(TypeError, match=rf"^{name}: counts must be an array .*, got builtins\.list$"):
             function([1.0, 2.0])
 
@@ -232,3 +232,32 @@ def test_usage_under_vmap() -> None:
     indices = torch.tensor([[0, 2, 2], [1, -1, 0]])
     counts = torch.vmap(lambda i: dq.usage(i, 3))(indices)
     np.testing.assert_array_equal(counts.numpy(), [[1, 0, 2], [1, 1, 0]])
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "int16", "uint16"])
+def test_whole_numbers_are_counts(library: Library, dtype: str) -> None:
+    """As ``bincount`` gives them: the same as the counts of `usage`."""
+    counts = library.to(np.array([3, 3, 0, 1], dtype))
+    floats = library.to(np.array([3, 3, 0, 1], np.float32))
+    for function in (dq.perplexity, dq.used_share):
+        assert_close(function(counts), library.back(function(floats)), library)
+    truth = library.to(np.array([True, False]))
+    with pytest.raises(TypeError, match=r"^perplexity: counts must have a real floating dtype .*bool"):
+        dq.perplexity(truth)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_bincount_gives_counts(name: str) -> None:
+    library = library_named(name)
+    indices = library.to(np.array([0, 2, 2, 0, 3]))
+    count = {"numpy": lambda: np.bincount(indices, minlength=8), "torch": lambda: indices.bincount(minlength=8)}
+    if name == "jax":
+        import jax
+
+        counts = jax.numpy.bincount(indices, length=8)
+    else:
+        counts = count[name]()
+    assert_close(dq.used_share(counts), np.float32(3 / 8)[()].reshape(()), library)
+    # exp of a sum of three products.
+    want = np.exp(2 * 0.4 * np.log(2.5) + 0.2 * np.log(5))
+    assert_close(dq.perplexity(counts), np.float32(want).reshape(()), library, rtol=1e-6)

@@ -28,7 +28,7 @@ from strategies import (
 pytest.importorskip("torch", reason="torch's automatic differentiation is the reference")
 
 by_case = pytest.mark.parametrize("case", CASES, ids=repr)
-differentiating = pytest.mark.parametrize("name", ["torch", "jax"])
+differentiating = pytest.mark.parametrize("name", ["torch", "jax", "mlx"])
 
 
 def arrays_of(library: Library, p: Problem, dtype: str) -> dict[str, Any]:
@@ -123,10 +123,17 @@ def test_quantize_differentiates_to_the_same(name: str, case: Case, data: st.Dat
         a = arrays_of(library, p, dtype)
         options = {"noise": a["noise"], "indices": a["indices"]}
         if name == "torch":
+            import torch
+
             z, codebook = (x.requires_grad_() for x in (a["z"], a["codebook"]))
             z_q = dq.quantize(z, codebook, estimator, **options).z_q
-            z_q.backward(a["g"])
-            g_z, g_codebook = z.grad, codebook.grad
+            g_z, g_codebook = torch.autograd.grad(z_q, (z, codebook), a["g"], materialize_grads=True)
+        elif name == "mlx":
+            import mlx.core as mx
+
+            (z_q,), (g_z, g_codebook) = mx.vjp(
+                lambda *x: dq.quantize(*x, estimator, **options).z_q, [a["z"], a["codebook"]], [a["g"]]
+            )
         else:
             import jax
 
@@ -158,9 +165,14 @@ def test_quantize_pushes_forward_to_the_same(name: str, case: Case, p: Problem) 
 
     if name == "torch":
         from torch.func import jvp
+    elif name == "mlx":
+        import mlx.core as mx
+
+        jvp = lambda *call: [x for (x,) in mx.jvp(*call)]  # noqa: E731
     else:
         from jax import jvp
-    z_q, tangent = jvp(quantize, (a["z"], a["codebook"]), (a["dz"], a["dcodebook"]))
+    pairs = [(a["z"], a["codebook"]), (a["dz"], a["dcodebook"])]
+    z_q, tangent = jvp(quantize, *(map(list, pairs) if name == "mlx" else pairs))
     assert_within(z_q, want.z_q, want.sizes["z_q"], "float32", library, ROUNDINGS)
     assert_within(tangent, want.tangent, want.sizes["tangent"], "float32", library, ROUNDINGS)
 

@@ -362,3 +362,122 @@ def test_forward_over_forward_is_that_of_the_expression(name: str) -> None:
                 continue  # torch has no forward mode of a Function's forward mode
             # Numbers of order one, a temperature of 0.7.
             np.testing.assert_allclose(library.back(pushed(function)(logits, codebook)), want, rtol=1e-11, atol=1e-12)
+
+
+# Codewords that are excluded
+
+
+def excluding(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Logits of which half are -inf, in every row another number of them; codebook, noise, cotangent, tangents."""
+    logits = rng.standard_normal((6, 5)).astype("f4")
+    excluded = np.array(
+        [[0, 1, 1, 0, 1], [1, 1, 1, 1, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+    )
+    # The most probable, had it not been excluded.
+    logits[excluded == 1] = 9
+    shapes = (5, 3), (6, 5), (6, 3), (6, 5), (5, 3)
+    codebook, noise, g, dlogits, dcodebook = (rng.standard_normal(shape).astype("f4") for shape in shapes)
+    return np.where(excluded == 1, np.float32(-np.inf), logits), codebook, noise, g, dlogits, dcodebook
+
+
+def test_a_logit_of_minus_infinity_excludes_its_codeword(library: Library) -> None:
+    """As if the codeword were not there, also where values are checked."""
+    logits, codebook, noise, g, dlogits, dcodebook = excluding(np.random.default_rng(0))
+    ours = [library.to(x) for x in (logits, codebook, dlogits, dcodebook)]
+    options = {"noise": library.to(noise), "check_finite": True}
+    out, pullback = dq.gumbel_vjp(*ours[:2], dq.GumbelST(0.5), **options)
+    same = dq.gumbel_quantize(*ours[:2], dq.GumbelST(0.5), **options)
+    _, tangent = dq.gumbel_jvp(*ours, dq.GumbelST(0.5), **options)
+    g_logits, g_codebook = (library.back(x) for x in pullback(library.to(g)))
+    np.testing.assert_array_equal(library.back(same.indices), library.back(out.indices))
+    np.testing.assert_array_equal(g_logits[np.isinf(logits)], 0)
+    want_codebook = np.zeros_like(codebook)
+    for row in range(len(logits)):
+        kept = np.flatnonzero(np.isfinite(logits[row]))
+        here = {"noise": noise[row : row + 1, kept]}
+        alone, back = dq.gumbel_vjp(logits[row : row + 1, kept], codebook[kept], dq.GumbelST(0.5), **here)
+        g_row, g_kept = back(g[row : row + 1])
+        _, moved = dq.gumbel_jvp(
+            logits[row : row + 1, kept],
+            codebook[kept],
+            dlogits[row : row + 1, kept],
+            dcodebook[kept],
+            dq.GumbelST(0.5),
+            **here,
+        )
+        assert library.back(out.indices)[row] == kept[alone.indices[0]]
+        np.testing.assert_array_equal(library.back(out.z_q)[row], alone.z_q[0])
+        # float32 of order one, in sums over five.
+        np.testing.assert_allclose(g_logits[row, kept], g_row[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(library.back(tangent)[row], moved[0], rtol=1e-5, atol=1e-5)
+        want_codebook[kept] += g_kept
+    np.testing.assert_allclose(g_codebook, want_codebook, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_nothing_left_to_choose_is_lost(library: Library, dtype: str) -> None:
+    if dtype == "float16" and not library.float16:
+        pytest.skip(f"{library.name} has no float16")
+    inf = np.inf
+    logits = np.array([[-inf, -inf], [-inf, 0], [0, inf], [np.nan, -inf]], dtype)
+    codebook, noise = np.array([[1.0], [2.0]], dtype), np.zeros((4, 2), dtype)
+    checked = dq.gumbel_quantize(
+        *(library.to(x) for x in (logits[:2], codebook)), dq.GumbelST(), noise=library.to(noise[:2])
+    )
+    assert library.back(checked.indices).tolist() == [-1, 1]
+    with np.errstate(invalid="ignore"):
+        out, pullback = dq.gumbel_vjp(
+            library.to(logits), library.to(codebook), dq.GumbelST(), noise=library.to(noise), check_finite=False
+        )
+        g_codebook = library.back(pullback(library.to(np.ones((4, 1), dtype)))[1])
+    np.testing.assert_array_equal(library.back(out.indices), [-1, 1, -1, -1])
+    np.testing.assert_array_equal(library.back(out.z_q)[:, 0], [np.nan, 2, np.nan, np.nan])
+    assert g_codebook[:, 0].tolist() == [0, 1]
+    for row in (2, 3):
+        with pytest.raises(ValueError, match=r"^gumbel_quantize: logits must be finite"):
+            dq.gumbel_quantize(
+                library.to(logits[row:]),
+                library.to(codebook),
+                dq.GumbelST(),
+                noise=library.to(noise[row:]),
+                check_finite=True,
+            )
+    with pytest.raises(ValueError, match=r"^gumbel_quantize: codebook must be finite"):
+        dq.gumbel_quantize(
+            library.to(logits[:2]),
+            library.to(np.full_like(codebook, -np.inf)),
+            dq.GumbelST(),
+            noise=library.to(noise[:2]),
+            check_finite=True,
+        )
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_derivatives_of_both_orders_leave_out_what_is_excluded(name: str) -> None:
+    library = library_named(name)
+    logits, codebook, noise, g, *_ = (library.to(x) for x in excluding(np.random.default_rng(1)))
+    estimator = dq.GumbelST(0.5)
+
+    def loss(x: Any, e: Any) -> Any:
+        return (dq.gumbel_quantize(x, e, estimator, noise=noise).z_q * g).sum()
+
+    want = [library.back(x) for x in dq.gumbel_vjp(logits, codebook, estimator, noise=noise)[1](g)]
+    if name == "torch":
+        leaves = [x.clone().requires_grad_() for x in (logits, codebook)]
+        first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(sum((x * x).sum() for x in first), leaves)
+    else:
+        import jax
+
+        first = jax.grad(loss, (0, 1))(logits, codebook)
+        second = jax.grad(lambda x, e: sum((y * y).sum() for y in jax.grad(loss, (0, 1))(x, e)), (0, 1))(
+            logits, codebook
+        )
+    for ours, theirs in zip(first, want, strict=True):
+        # The same few operations in float32, perhaps in another order.
+        np.testing.assert_allclose(library.back(ours), theirs, rtol=1e-5, atol=1e-5)
+    excluded = np.isinf(library.back(logits))
+    for ours in second:
+        assert np.isfinite(library.back(ours)).all()
+        assert np.any(library.back(ours) != 0)
+    np.testing.assert_array_equal(library.back(second[0])[excluded], 0)

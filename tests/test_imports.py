@@ -42,7 +42,7 @@ def test_importing_the_core_imports_no_backend():
     code = "import diveq_core, sys; print([name for name in sys.modules if name.startswith('diveq_')])"
     names = run_python(code)
     assert "diveq_core" in names
-    assert not any(f"diveq_{name}" in names for name in ("numpy", "torch", "jax", "cupy"))
+    assert not any(f"diveq_{name}" in names for name in ("numpy", "torch", "jax", "cupy", "mlx"))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_the_wheel_has_every_entry_point(wheel: zipfile.ZipFile):
     (path,) = [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
     text = wheel.read(path).decode()
     assert "[diveq_core.backends]" in text
-    for name in ("numpy", "cupy", "torch", "jax"):
+    for name in ("numpy", "cupy", "torch", "jax", "mlx"):
         assert f"{name} = diveq_{name}:backend" in text.splitlines()
 
 

@@ -293,3 +293,15 @@ def test_a_masked_nan_reaches_no_gradient(backend: str, name: str) -> None:
     d = z[:1] - codebook
     np.testing.assert_array_equal(g_z, np.concatenate([d, 0 * d]) if name == "commitment" else np.zeros_like(z))
     np.testing.assert_array_equal(g_codebook, -d if name == "codebook" else np.zeros_like(d))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [dq.codebook_loss, dq.commitment_loss, dq.codebook_loss_vjp, dq.commitment_loss_vjp],
+    ids=lambda f: f.__name__,
+)
+def test_the_codebooks_of_stages_are_refused_with_a_way(loss: Any) -> None:
+    z, codebook, indices = np.ones((5, 4)), np.ones((3, 7, 4)), np.zeros((5, 3), int)
+    text = rf"^{loss.__name__}: codebook must have shape \(K, D\), got \(3, 7, 4\); call it for each stage or group"
+    with pytest.raises(ValueError, match=text):
+        loss(z, codebook, indices)

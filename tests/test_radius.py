@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -199,3 +202,47 @@ def test_power_two_reflects() -> None:
     np.testing.assert_allclose(np.linalg.norm(once, axis=1), np.linalg.norm(g, axis=1), rtol=ROUNDINGS * EPS["float64"])
     np.testing.assert_allclose(twice, g, rtol=0, atol=ROUNDINGS * EPS["float64"] * np.max(np.abs(g)))
     assert not math.isclose(once[0, 0], g[0, 0])
+
+
+def test_equal_matrices_are_one_radius(library: Library) -> None:
+    m = matrix(2).astype(np.float32)
+    of_numpy, of_library = dq.Mahalanobis(m), dq.Mahalanobis(library.to(m))
+    others = [dq.Mahalanobis(m.copy()), dq.Mahalanobis(m.astype(np.float64)), of_library, copy.copy(of_library)]
+    # array_api_strict's arrays cannot be pickled.
+    others += [] if library.name == "array_api_strict" else [pickle.loads(pickle.dumps(of_library))]
+    for other in others:
+        assert other == of_numpy
+        assert hash(other) == hash(of_numpy)
+        assert dq.Radial(other) == dq.Radial(of_numpy)
+    assert copy.deepcopy(of_numpy) == of_numpy
+    assert of_numpy != dq.Mahalanobis(m * np.float32(1 + 1e-6))
+    assert of_numpy != dq.Mahalanobis(np.eye(3))
+    np.testing.assert_array_equal(library.back(of_library.matrix), m)
+
+
+def test_a_matrix_that_is_overwritten_was_copied() -> None:
+    m = np.eye(2)
+    radius = dq.Mahalanobis(m)
+    m[0, 0] = 5.0
+    assert radius == dq.Mahalanobis(np.eye(2))
+    np.testing.assert_array_equal(radius.matrix, np.eye(2))
+
+
+def test_copies_are_traced_once_in_jax() -> None:
+    jax = pytest.importorskip("jax")
+    traced = []
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def f(z: Any, codebook: Any, estimator: Any) -> Any:
+        traced.append(estimator)
+        return jax.grad(lambda z: (dq.quantize(z, codebook, estimator).z_q ** 2).sum())(z)
+
+    z, codebook = np.random.default_rng(0).standard_normal((2, 4, 2), dtype=np.float32)
+    estimator = dq.Radial(dq.Mahalanobis(matrix(2)))
+    for each in (estimator, copy.deepcopy(estimator), dq.Radial(dq.Mahalanobis(matrix(2)))):
+        f(z, codebook, each)
+    assert len(traced) == 1
+    other = dq.Radial(dq.Mahalanobis(np.diag([1.0, 9.0])))
+    expected = dq.vjp(z, codebook, other)[1](2 * codebook[dq.nearest(z, codebook)])[0]
+    np.testing.assert_allclose(f(z, codebook, other), expected, rtol=1e-5, atol=1e-5)
+    assert len(traced) == 2

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import diveq_core as dq
 from capability_rows import ESTIMATORS, Estimation, N
-from conftest import library_named
+from conftest import library_named, run_python
 from reference import case_named, expression
 
 if TYPE_CHECKING:
@@ -82,6 +86,117 @@ def _torch_vmap(name: str) -> None:
     import torch
 
     _by_rows("torch", torch.func.vmap, torch.func.grad, name)
+
+
+@functools.cache
+def _tangents(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tangents of z and codebook, and NumPy's of the output."""
+    row, rng = ESTIMATORS[name], np.random.default_rng(12)
+    inputs = _problem(name)[0]
+    dz, dcodebook = (rng.standard_normal(x.shape, dtype=np.float32) for x in inputs[:2])
+    return dz, dcodebook, row.jvp(*inputs, dz, dcodebook)[-1]
+
+
+def _pushed(name: str) -> Callable[..., Any]:
+    import torch
+
+    row, inputs, _ = _in("torch", name)
+    dz, dcodebook = (torch.tensor(x) for x in _tangents(name)[:2])
+    return lambda z: torch.func.jvp(lambda *x: row.forward(*x, *inputs[2:])[0], (z, inputs[1]), (dz, dcodebook))[1]
+
+
+def _torch_forward_mode(name: str) -> None:
+    row, inputs, _ = _in("torch", name)
+    actual = _pushed(name)(inputs[0]).numpy()
+    np.testing.assert_allclose(actual, _tangents(name)[2], rtol=row.rtol, atol=row.atol)
+
+
+def _torch_inference_mode(name: str) -> None:
+    import torch
+
+    row, (z, codebook, *noise), g = _in("torch", name)
+    expected = row.forward(*_problem(name)[0])[0]
+    with torch.inference_mode():
+        words = codebook.clone()
+        np.testing.assert_allclose(row.forward(z, words, *noise)[0], expected, rtol=row.rtol, atol=row.atol)
+    z.requires_grad_()
+    row.forward(z, words, *noise)[0].backward(g)
+    _compare("torch", name, (z.grad, torch.tensor(_problem(name)[2][1])))
+
+
+def _traced(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` as one graph, run as it stands: to lower it would take ten times as long."""
+    import torch
+
+    torch._dynamo.reset()
+    return torch.compile(f, fullgraph=True, backend="eager")
+
+
+def _torch_compiled_vmap(name: str) -> None:
+    import torch
+
+    _by_rows("torch", lambda f, axes: _traced(torch.func.vmap(f, axes)), torch.func.grad, name)
+
+
+def _torch_compiled_forward_mode(name: str) -> None:
+    row, inputs, _ = _in("torch", name)
+    with warnings.catch_warnings():
+        # Forward mode compiles decompositions by a function that torch itself has deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        actual = _traced(_pushed(name))(inputs[0]).numpy()
+    np.testing.assert_allclose(actual, _tangents(name)[2], rtol=row.rtol, atol=row.atol)
+
+
+def _torch_fsdp(name: str) -> None:
+    sharded = _sharded()[name]
+    assert sharded == "yes", sharded
+
+
+@functools.cache
+def _sharded() -> dict[str, str]:
+    """What `sharded_here` finds in a process whose group has no other."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = """
+            import json, sys
+            sys.path.insert(0, sys.argv[1])
+            import transformations
+            print(json.dumps(transformations.sharded_here(sys.argv[2])))
+        """
+        return json.loads(run_python(code, str(Path(__file__).parent), folder))
+
+
+def sharded_here(folder: str) -> dict[str, str]:
+    """For each estimator ``yes``, or how its gradients under FSDP2 differ. The process is the whole group."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    class Quantizer(torch.nn.Module):
+        def __init__(self, row: Estimation, codebook: Any) -> None:
+            super().__init__()
+            self.row, self.codebook = row, torch.nn.Parameter(codebook.clone())
+
+        def forward(self, *inputs: Any) -> Any:
+            z, *noise = inputs
+            return self.row.forward(z, self.codebook, *noise)[0] * 1
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    mesh, found = init_device_mesh("cpu", (1,)), {}
+    for name in ESTIMATORS:
+        row, (z, codebook, *noise), g = _in("torch", name)
+        module = Quantizer(row, codebook)
+        fully_shard(module, mesh=mesh)
+        module(z.requires_grad_(), *noise).backward(g)
+        own = module.codebook.grad
+        assert isinstance(module.codebook, torch.distributed.tensor.DTensor)
+        g_codebook = torch.zeros_like(codebook) if own is None else own.full_tensor()
+        try:
+            _compare("torch", name, (z.grad, g_codebook))
+            found[name] = "yes"
+        except AssertionError as error:
+            found[name] = str(error)
+    torch.distributed.destroy_process_group()
+    return found
 
 
 def _jax_vmap(name: str) -> None:
@@ -228,7 +343,12 @@ def _jax_shard_map(name: str) -> None:
 TRANSFORMATIONS: dict[str, Callable[[str], None]] = {
     "torch: compile": _torch_compile,
     "torch: vmap": _torch_vmap,
+    "torch: forward mode": _torch_forward_mode,
+    "torch: vmap(grad) in compile": _torch_compiled_vmap,
+    "torch: forward mode in compile": _torch_compiled_forward_mode,
+    "torch: inference mode": _torch_inference_mode,
     "torch: double backward": _torch_double_backward,
+    "torch: FSDP2": _torch_fsdp,
     "jax: jit": _jax_jit,
     "jax: vmap": _jax_vmap,
     "jax: hessian": _jax_hessian,

@@ -9,6 +9,7 @@ nothing but indices. Products and sums are float32's own, never TF32.
 from __future__ import annotations
 
 import functools
+import os
 from typing import TYPE_CHECKING, Any
 
 import cupy
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 SOURCE = r"""
 const int TILE = 128, DEPTH = 16, THREADS = 256, SIDE = 16, PATCH = 8;
+const float LIMIT = 0x1p58f;
 
 extern "C" __global__ void __launch_bounds__(256, 2) nearest(
     const float* __restrict__ z, const float* __restrict__ e, const float* __restrict__ half_squares,
-    const float* __restrict__ centre, const float* __restrict__ inverse_scale,
+    const float* __restrict__ centre, const float* __restrict__ scales,
     const long long* __restrict__ canonical, long long* __restrict__ found,
     const long long n, const int count, const int width)
 {
@@ -33,14 +35,36 @@ extern "C" __global__ void __launch_bounds__(256, 2) nearest(
     __shared__ float bests[TILE][SIDE];
     __shared__ int choices[TILE][SIDE];
     __shared__ int lost[TILE];
+    // Of each row: the largest |z - c| / 4, then the power of two that brings it to order one, 0 where none is needed.
+    __shared__ float sizes[TILE][THREADS / TILE];
+    __shared__ float own[TILE];
 
     const int thread = threadIdx.x, across = thread % SIDE, down = thread / SIDE;
     const long long row0 = (long long)blockIdx.x * TILE;
-    const float scale = inverse_scale[0];
+    // Of large numbers the quarters, whose difference does not overflow.
+    const float scale = scales[0], part = scale < 1 ? 0.25f : 1.0f, whole = scale / part;
     float best[PATCH];
     int chosen[PATCH];
     for (int i = 0; i < PATCH; ++i) { best[i] = __int_as_float(0x7f800000); chosen[i] = 0; }
     for (int r = thread; r < TILE; r += THREADS) lost[r] = 0;
+    __syncthreads();
+    {
+        const int r = thread % TILE, side = thread / TILE;
+        float size = 0;
+        for (int d = side; d < width && row0 + r < n; d += THREADS / TILE) {
+            const float quarter = fabsf(z[(row0 + r) * width + d] * 0.25f - centre[d] * 0.25f);
+            // A row with an entry that is not finite has no finite score, and any other has no other.
+            if (!isfinite(quarter)) lost[r] = 1;
+            size = fmaxf(size, quarter);
+        }
+        sizes[r][side] = size;
+    }
+    __syncthreads();
+    for (int r = thread; r < TILE; r += THREADS) {
+        float size = 0;
+        for (int side = 0; side < THREADS / TILE; ++side) size = fmaxf(size, sizes[r][side]);
+        own[r] = size * scale > LIMIT ? __int_as_float(__float_as_int(size) & 0x7f800000) : 0;
+    }
     __syncthreads();
 
     for (int first = 0; first < count; first += TILE) {
@@ -49,10 +73,12 @@ extern "C" __global__ void __launch_bounds__(256, 2) nearest(
             for (int t = thread; t < TILE * DEPTH; t += THREADS) {
                 const int d = start + t % DEPTH, r = t / DEPTH;
                 float y = 0, word = 0;
-                if (d < width && row0 + r < n) y = (z[(row0 + r) * width + d] - centre[d]) * scale;
+                if (d < width && row0 + r < n) {
+                    const float vector = z[(row0 + r) * width + d];
+                    y = own[r] == 0 ? (vector * part - centre[d] * part) * whole
+                                    : (vector * 0.25f - centre[d] * 0.25f) / own[r];
+                }
                 if (d < width && first + r < count) word = e[(long long)(first + r) * width + d];
-                // A row with an entry that is not finite has no finite score, and any other has no other.
-                if (!isfinite(y)) lost[r] = 1;
                 ys[t % DEPTH][r] = y;
                 es[t % DEPTH][r] = word;
             }
@@ -81,7 +107,9 @@ extern "C" __global__ void __launch_bounds__(256, 2) nearest(
             const float half_square = half_squares[k];
             #pragma unroll
             for (int i = 0; i < PATCH; ++i) {
-                const float score = half_square - products[i][j];
+                const float mine = own[i / 4 * TILE / 2 + 4 * down + i % 4];
+                const float weight = mine == 0 ? 1.0f : 0.25f / scale / mine;
+                const float score = half_square * weight - products[i][j];
                 if (score < best[i]) { best[i] = score; chosen[i] = k; }
             }
         }
@@ -120,12 +148,13 @@ def nearest_rows(lib: Backend, z: cupy.ndarray, codebook: cupy.ndarray) -> cupy.
     """Index of the nearest codeword, (N, D), (K, D) -> (N,) int64; -1 for a row that is not finite."""
     dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
     count, width = codebook.shape
-    if dtype != cupy.float32 or width > _WIDEST or count >= 1 << 30 or cupy.cuda.runtime.is_hip:
+    wide = width > _WIDEST and not _allows_tf32()
+    if dtype != cupy.float32 or wide or count >= 1 << 30 or cupy.cuda.runtime.is_hip:
         return search.nearest_rows(lib, z, codebook)
     codebook = codebook.astype(dtype, copy=False)
-    centre, inverse_scale = search.frame(lib, codebook)
+    centre, scale = search.frame(lib, codebook)
     canonical = search.first_copies(lib, codebook).astype(cupy.int64, copy=False)
-    e = cupy.ascontiguousarray((codebook - centre) * inverse_scale)
+    e = cupy.ascontiguousarray(search.framed(lib, codebook, centre, scale))
     half_squares = (e * e).sum(axis=1) * cupy.float32(0.5)
     found = cupy.empty(z.shape[0], cupy.int64)
     whole = z.dtype == dtype and z.flags.c_contiguous
@@ -133,10 +162,15 @@ def nearest_rows(lib: Backend, z: cupy.ndarray, codebook: cupy.ndarray) -> cupy.
     for start in range(0, z.shape[0], rows or 1):
         chunk = cupy.ascontiguousarray(z[start : start + rows], dtype=dtype)
         blocks = -(-len(chunk) // _TILE)
-        arrays = (chunk, e, half_squares, centre, inverse_scale, canonical, found[start : start + rows])
+        arrays = (chunk, e, half_squares, centre, scale, canonical, found[start : start + rows])
         sizes: tuple[Any, ...] = (cupy.int64(len(chunk)), cupy.int32(count), cupy.int32(width))
         _kernel()((blocks,), (_THREADS,), (*arrays, *sizes))
     return found
+
+
+def _allows_tf32() -> bool:
+    """Whether the user lets CuPy multiply in TF32, which keeps too few digits to tell codewords apart."""
+    return os.environ.get("CUPY_TF32") == "1"
 
 
 @functools.cache

@@ -60,8 +60,13 @@ def _(*operands: Any, rule: Any) -> Any:
 def _transpose(g: Any, *operands: Any, rule: Any) -> list[Any]:
     z, codebook, indices, *noise, dz, dcodebook = operands
     g_z, g_codebook = rule.pullback(z, codebook, indices, noise[0] if noise else None, ad.instantiate_zeros(g))
-    wanted = [g if ad.is_undefined_primal(x) else None for x, g in ((dz, g_z), (dcodebook, g_codebook))]
-    return [None] * (len(operands) - 2) + wanted
+
+    def wanted(x: Any, g: Any) -> Any:
+        if not ad.is_undefined_primal(x):
+            return None
+        return ad.Zero(x.aval) if g is None else g
+
+    return [None] * (len(operands) - 2) + [wanted(dz, g_z), wanted(dcodebook, g_codebook)]
 
 
 ad.primitive_transposes[pushforward_p] = _transpose

@@ -55,21 +55,22 @@ def _capability(device: Any) -> tuple[int, ...]:
 def nearest_rows(lib: Backend, z: jax.Array, codebook: jax.Array, *, interpret: bool = False) -> jax.Array:
     """Index of the nearest codeword, (N, D), (K, D) -> (N,) int32; -1 for a row that is not finite."""
     words = codebook.astype(jnp.float32)
-    centre, inverse_scale = search.frame(lib, words)
-    centre = centre.reshape(1, -1)
+    centre, scale = search.frame(lib, words)
     canonical = search.first_copies(lib, words)
-    e = (words - centre) * inverse_scale
+    e = search.framed(lib, words, centre, scale)
     half_squares = jnp.sum(e * e, axis=1) * 0.5
 
     def full(z: jax.Array) -> jax.Array:
-        y = (z.astype(jnp.float32) - centre) * inverse_scale
-        return _nearest(y, e, half_squares, jnp.ones((1,), jnp.float32), interpret=interpret)
+        y, weights = search.framed_rows(lib, z.astype(jnp.float32), centre, scale)
+        return _nearest(y, weights, e, half_squares, jnp.ones((1,), jnp.float32), interpret=interpret)
 
     def narrow(z: jax.Array) -> jax.Array:
-        # Codewords of order 2^-24 fit bfloat16 and not float16, whose products are scaled instead.
-        inner = inverse_scale if z.dtype == jnp.bfloat16 else jnp.ones_like(inverse_scale)
-        y, e = ((x.astype(jnp.float32) * inner).astype(z.dtype) for x in (z, codebook))
-        return _nearest(y, e, half_squares, ((inverse_scale / inner) ** 2)[None], interpret=interpret)
+        # Scaled codewords fit bfloat16 and not float16, whose products are scaled instead.
+        inner = scale if z.dtype == jnp.bfloat16 else jnp.ones_like(scale)
+        y, weights = search.framed_rows(lib, z.astype(jnp.float32), jnp.zeros_like(centre), inner)
+        e = (words * inner).astype(z.dtype)
+        outer = ((scale / inner) ** 2)[None]
+        return _nearest(y.astype(z.dtype), weights, e, half_squares, outer, interpret=interpret)
 
     if z.dtype == codebook.dtype and z.dtype in _HALF:
         chosen = jax.lax.cond(jnp.any(centre != 0), full, narrow, z)
@@ -78,8 +79,10 @@ def nearest_rows(lib: Backend, z: jax.Array, codebook: jax.Array, *, interpret: 
     return jnp.where(chosen < 0, -1, canonical[chosen])
 
 
-def _nearest(y: jax.Array, e: jax.Array, half_squares: jax.Array, scale: jax.Array, *, interpret: bool) -> jax.Array:
-    """Index of the least ``half_squares - scale <y, e>``, (N,) int32; -1 for a row that is not finite."""
+def _nearest(
+    y: jax.Array, weights: jax.Array, e: jax.Array, half_squares: jax.Array, scale: jax.Array, *, interpret: bool
+) -> jax.Array:
+    """Index of the least ``weight half_squares - scale <y, e>``, (N,) int32; -1 for a row that is not finite."""
     n, width = y.shape
     count = e.shape[0]
     rows, columns = (64, 64) if y.dtype == jnp.float32 else (128, 64)
@@ -90,15 +93,18 @@ def _nearest(y: jax.Array, e: jax.Array, half_squares: jax.Array, scale: jax.Arr
     lost = ~jnp.all(jnp.isfinite(y), axis=1)
     y = jnp.pad(y, ((0, n_more), (0, width_more)))
     e = jnp.pad(e, ((0, count_more), (0, width_more)))
-    half_squares = jnp.pad(half_squares, (0, count_more), constant_values=jnp.inf)
+    weights = jnp.pad(weights[:, 0], (0, n_more))
+    # Of no codeword, at the end; infinite times a weight of 0 would be NaN.
+    half_squares = jnp.pad(half_squares, (0, count_more))
     # As an expression of both, which tells over what axes of a device mesh it varies.
     out_shape = jax.eval_shape(lambda y, e: jnp.full(n + n_more, y[0, 0] * e[0, 0]).astype(jnp.int32), y, e)
     chosen = pl.pallas_call(
-        functools.partial(_kernel, columns=columns, depth=depth),
+        functools.partial(_kernel, count=count, columns=columns, depth=depth),
         out_shape=out_shape,
         grid=((n + n_more) // rows,),
         in_specs=[
             pl.BlockSpec((rows, y.shape[1]), lambda i: (i, 0)),
+            pl.BlockSpec((rows,), lambda i: (i,)),
             pl.BlockSpec(e.shape, lambda i: (0, 0)),
             pl.BlockSpec(half_squares.shape, lambda i: (0,)),
             pl.BlockSpec((1,), lambda i: (0,)),
@@ -107,15 +113,24 @@ def _nearest(y: jax.Array, e: jax.Array, half_squares: jax.Array, scale: jax.Arr
         compiler_params=pallas_triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="diveq_nearest",
-    )(y, e, half_squares, scale)
+    )(y, weights, e, half_squares, scale)
     return jnp.where(lost, -1, chosen[:n])
 
 
 def _kernel(
-    y_ref: Any, e_ref: Any, half_squares_ref: Any, scale_ref: Any, chosen_ref: Any, *, columns: int, depth: int
+    y_ref: Any,
+    weights_ref: Any,
+    e_ref: Any,
+    half_squares_ref: Any,
+    scale_ref: Any,
+    chosen_ref: Any,
+    *,
+    count: int,
+    columns: int,
+    depth: int,
 ) -> None:
     rows, width = y_ref.shape
-    scale = scale_ref[...]
+    scale, weights = scale_ref[...], weights_ref[...]
     whole = y_ref[...] if width == depth else None
 
     def tile(t: Any, running: Any) -> Any:
@@ -129,7 +144,9 @@ def _kernel(
             return products + jnp.dot(y, e, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
         products = _for(width // depth, add_products, jnp.zeros((rows, columns), jnp.float32))
-        scores = half_squares_ref[here][None, :] - products * scale[:, None]
+        scores = half_squares_ref[here][None, :] * weights[:, None] - products * scale[:, None]
+        present = t * columns + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1) < count
+        scores = jnp.where(present, scores, jnp.inf)
         nearest = jnp.min(scores, axis=1)
         position = jax.lax.argmin(scores, 1, jnp.int32)
         closer = nearest < best

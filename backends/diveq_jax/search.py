@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diveq_core import search
+from diveq_core.options import optional_kernels
 from diveq_core.registry import backend_of
 from diveq_jax import sharding
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @jax.custom_batching.custom_vmap
 def nearest_rows(z: jax.Array, codebook: jax.Array) -> jax.Array:
     """Index of the nearest codeword, (N, D), (K, D) -> (N,) int32; -1 for a row that is not finite."""
-    return _nearest_rows(z, codebook)
+    return _nearest_rows(z, codebook, kernels=optional_kernels())
 
 
 @nearest_rows.def_vmap
@@ -33,11 +34,11 @@ def _(axis_size: int, in_batched: list[bool], z: jax.Array, codebook: jax.Array)
     return jax.lax.map(lambda pair: nearest_rows(*pair), (z, codebook)), True
 
 
-@jax.jit
-def _nearest_rows(z: jax.Array, codebook: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="kernels")
+def _nearest_rows(z: jax.Array, codebook: jax.Array, *, kernels: bool = True) -> jax.Array:
     lib = backend_of("nearest", z=z)
     find = functools.partial(_nearest_by_product, lib)
-    if jax.default_backend() == "gpu":
+    if kernels and jax.default_backend() == "gpu":
         from diveq_jax import fused
 
         if fused.serves(z, codebook):
@@ -53,18 +54,17 @@ def _nearest_rows(z: jax.Array, codebook: jax.Array) -> jax.Array:
 def _nearest_by_product(lib: Backend, z: jax.Array, codebook: jax.Array) -> jax.Array:
     dtype = lib.compute_dtype(jnp.result_type(z.dtype, codebook.dtype))
     codebook = codebook.astype(dtype)
-    centre, inverse_scale = search.frame(lib, codebook)
-    extended = search.extended_codebook(lib, codebook, centre, inverse_scale)
+    centre, scale = search.frame(lib, codebook)
+    extended = search.extended_codebook(lib, codebook, centre, scale)
     canonical = search.first_copies(lib, codebook)
 
     count, width = codebook.shape
-    centre = centre.reshape(1, width)
     # XLA vectorizes two minima where it does not vectorize argmin, and floats better than integers.
     positions = jnp.arange(count, dtype=jnp.float32 if count <= 1 << 24 else jnp.int32)
 
     def chunk(rows: Any) -> Any:
-        y = (rows.astype(dtype) - centre) * inverse_scale
-        scores = lib.matmul(jnp.concatenate([y, jnp.ones_like(y[:, :1])], axis=1), extended.T)
+        framed = search.framed_rows(lib, rows.astype(dtype), centre, scale)
+        scores = lib.matmul(jnp.concatenate(framed, axis=1), extended.T)
         best = jnp.min(scores, axis=1)
         first = jnp.min(jnp.where(scores == best[:, None], positions[None, :], positions[-1]), axis=1)
         return jnp.where(jnp.isfinite(best), canonical[first.astype(jnp.int32)], -1)

@@ -35,12 +35,32 @@ class NumPyBackend(Backend):
             total = np.sum(x)
         return bool(np.isfinite(total)) or bool(np.isfinite(x).all())
 
+    def compute_dtype(self, dtype: Any) -> Any:
+        # Also of another byte order than the machine's.
+        dtype = np.dtype(dtype)
+        if dtype.type is np.longdouble:
+            return np.dtype(np.longdouble)
+        return np.dtype(np.float64 if dtype.itemsize == 8 else np.float32)
+
+    def copy(self, x: np.ndarray) -> np.ndarray:
+        return np.array(x, order="C")
+
+    def quiet(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # Underflow on the way is harmless, and overflow shows in the result.
+        def call(*args: Any, **options: Any) -> Any:
+            with np.errstate(all="ignore"):
+                return function(*args, **options)
+
+        return call
+
     def standard_normal(self, function: str, z: np.ndarray, rng: Any) -> np.ndarray:
         if rng is None:
             # The stream that np.random.seed governs: what "default" means to NumPy's users.
             drawn = np.random.standard_normal(z.shape)  # noqa: NPY002
         elif isinstance(rng, np.random.Generator):
-            drawn = rng.standard_normal(z.shape, dtype=self.compute_dtype(z.dtype))
+            # No generator draws wider numbers.
+            dtype = np.float32 if self.compute_dtype(z.dtype) == np.float32 else np.float64
+            drawn = rng.standard_normal(z.shape, dtype=dtype)
         else:
             raise TypeError(
                 f"{function}: rng must be a numpy.random.Generator for NumPy arrays, got {type(rng).__name__}"
@@ -76,6 +96,8 @@ class NumPyBackend(Backend):
         return total
 
     def row_keys(self, codebook: np.ndarray) -> np.ndarray:
+        if codebook.dtype.itemsize > 8:
+            return super().row_keys(codebook)
         # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.
         bits = np.ascontiguousarray(codebook + 0.0).view(f"u{codebook.dtype.itemsize}")
         numbers = np.arange(1, codebook.shape[1] + 1, dtype=np.uint64)

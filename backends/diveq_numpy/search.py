@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any
+import os
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from diveq_core import search
+from diveq_core.options import optional_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,61 +22,78 @@ if TYPE_CHECKING:
 # Up to here faiss compares without writing the scores, which are most of the traffic at small D.
 _FUSED_WIDTH = 32
 
-# Rows that faiss is given at a time, which bounds the centred copy of them.
-_FUSED_ENTRIES = 1 << 21
+# Rows that faiss is given at a time, which bounds the centred copy of them, and how many it is tried on.
+_FUSED_ENTRIES, _FUSED_TRIAL = 1 << 21, 1 << 10
+
+# How many times as far as its codeword's length a vector may lie from it for faiss's answer to stand.
+_FUSED_REACH = 4.0
+
+
+class _Problem(NamedTuple):
+    """A codebook in its frame."""
+
+    lib: Backend
+    codebook: np.ndarray
+    centre: np.ndarray
+    scale: Any
+    product: Callable[..., object]
 
 
 def nearest_rows(
-    lib: Backend, z: np.ndarray, codebook: np.ndarray, product: Callable[..., object] = np.matmul
-) -> np.ndarray:
-    """Index of the nearest codeword, (N, D), (K, D) -> (N,) int64; -1 for a row that is not finite.
-
-    ``product(a, b, out=c)`` multiplies matrices: a caller with threads of its own brings its own.
-    """
-    dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
-    codebook = codebook.astype(dtype, copy=False)
-    found = np.empty(z.shape[0], np.int64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        centre, inverse_scale = search.frame(lib, codebook)
-        canonical = _first_copies(lib, codebook)
-        faiss = _faiss() if dtype == np.float32 and codebook.shape[1] <= _FUSED_WIDTH else None
-        if faiss is None:
-            _by_product(lib, z, codebook, centre, inverse_scale, found, product)
-        else:
-            _by_fused_kernel(faiss, z, (codebook - centre) * inverse_scale, centre, inverse_scale, found)
-    if canonical is not None:
-        found = np.where(found < 0, found, canonical[found])
-    return found
-
-
-def _by_product(
     lib: Backend,
     z: np.ndarray,
     codebook: np.ndarray,
-    centre: np.ndarray,
-    inverse_scale: Any,
-    found: np.ndarray,
-    product: Callable[..., object],
-) -> None:
+    product: Callable[..., object] = np.matmul,
+    found: np.ndarray | None = None,
+) -> np.ndarray:
+    """Index of the nearest codeword, (N, D), (K, D) -> (N,) int64; -1 for a row that is not finite.
+
+    ``product(a, b, out=c)`` multiplies matrices: a caller with threads of its own brings its own, and memory for
+    what is ``found`` if it wants.
+    """
+    dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
+    codebook = codebook.astype(dtype, copy=False)
+    found = np.empty(z.shape[0], np.int64) if found is None else found
+    with np.errstate(all="ignore"):
+        problem = _Problem(lib, codebook, *search.frame(lib, codebook), product)
+        done = 0
+        if dtype == np.float32 and codebook.shape[1] <= _FUSED_WIDTH and (faiss := _faiss()) is not None:
+            done = _by_fused_kernel(faiss, problem, z, found)
+        if done < z.shape[0]:
+            _by_product(problem, z[done:], found[done:])
+        canonical = _first_copies(lib, codebook)
+    if canonical is not None:
+        found[...] = np.where(found < 0, found, canonical[found])
+    return found
+
+
+def _by_product(problem: _Problem, z: np.ndarray, found: np.ndarray) -> None:
+    lib, codebook, centre, scale, product = problem
     count, width = codebook.shape
     rows = min(search.rows_per_chunk(lib, count, width), z.shape[0])
     extended = _aligned((width + 1, count), codebook.dtype)
-    extended[...] = search.extended_codebook(lib, codebook, centre, inverse_scale).T
+    extended[...] = search.extended_codebook(lib, codebook, centre, scale).T
     y = _aligned((rows, width + 1), codebook.dtype)
-    y[:, -1] = 1
     scores = _aligned((rows, count), codebook.dtype)
-    centred = bool(np.any(centre))
+    centred, limit = bool(np.any(centre)), 2.0**search.REACH
+    y[:, -1] = 1
     for start in range(0, z.shape[0], rows or 1):
-        chunk = z[start : start + rows]
+        whole = chunk = z[start : start + rows]
         here = slice(0, len(chunk))
         if centred:
             np.subtract(chunk, centre, out=y[here, :-1], dtype=codebook.dtype)
             chunk = y[here, :-1]
-        np.multiply(chunk, inverse_scale, out=y[here, :-1], dtype=codebook.dtype)
+        np.multiply(chunk, scale, out=y[here, :-1], dtype=codebook.dtype)
+        # NaN is neither.
+        near = y[here].max() <= limit and y[here].min() >= -limit
+        if not near:
+            y[here, :-1], y[here, -1:] = search.framed_rows(lib, whole.astype(codebook.dtype), centre, scale)
         product(y[here], extended, out=scores[here])
         chosen = scores[here].argmin(axis=1)
         best = np.take_along_axis(scores[here], chosen[:, None], axis=1)[:, 0]
         found[start : start + rows] = np.where(np.isfinite(best), chosen, -1)
+        if not near:
+            y[:, -1] = 1
 
 
 def _aligned(shape: tuple[int, int], dtype: Any) -> np.ndarray:
@@ -84,14 +104,33 @@ def _aligned(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _by_fused_kernel(
-    faiss: Any, z: np.ndarray, e: np.ndarray, centre: np.ndarray, inverse_scale: Any, found: np.ndarray
-) -> None:
-    rows = max(_FUSED_ENTRIES // e.shape[1], 1)
-    for start in range(0, z.shape[0], rows):
-        y = (z[start : start + rows].astype(e.dtype, copy=False) - centre) * inverse_scale
-        distances, chosen = faiss.knn(y, e, 1)
-        found[start : start + rows] = np.where(np.isfinite(distances[:, 0]), chosen[:, 0], -1)
+def _by_fused_kernel(faiss: Any, problem: _Problem, z: np.ndarray, found: np.ndarray) -> int:
+    """How many of the rows were found; the others are too far from the codebook for faiss.
+
+    faiss compares ``|y|^2 + |e|^2 - 2 <y, e>``, which loses what decides where y is long beside e. Its answer stands
+    where the distance is a few lengths of the codeword at most; other rows are searched again, by the product.
+    """
+    lib, codebook, centre, scale, _ = problem
+    e = search.framed(lib, codebook, centre, scale)
+    limit = np.einsum("kd,kd->k", e, e) * e.dtype.type(_FUSED_REACH**2)
+    start, rows = 0, _FUSED_TRIAL
+    while start < z.shape[0]:
+        y = np.subtract(z[start : start + rows], centre, dtype=e.dtype)
+        y *= scale
+        squares, chosen = (x[:, 0] for x in faiss.knn(y, e, 1))
+        here = found[start : start + len(y)]
+        here[...] = chosen
+        # -1 stands for a distance that is not finite, and is no index.
+        far = np.flatnonzero(~(squares <= np.take(limit, chosen, mode="clip")) | (chosen < 0))
+        if len(far):
+            again = np.empty(len(far), here.dtype)
+            _by_product(problem, z[start : start + len(y)][far], again)
+            here[far] = again
+        start += len(y)
+        if 2 * len(far) > len(y):
+            break
+        rows = max(_FUSED_ENTRIES // e.shape[1], 1)
+    return start
 
 
 def _first_copies(lib: Backend, codebook: np.ndarray) -> np.ndarray | None:
@@ -100,7 +139,37 @@ def _first_copies(lib: Backend, codebook: np.ndarray) -> np.ndarray | None:
     return search.first_copies(lib, codebook) if np.any(keys[1:] == keys[:-1]) else None
 
 
-@functools.cache
 def _faiss() -> Any:
-    """The faiss package, or None where it is not installed."""
-    return importlib.import_module("faiss") if importlib.util.find_spec("faiss") else None
+    """The faiss package, or None where it is not installed or may not be used."""
+    return _import_faiss() if optional_kernels() and not forked() else None
+
+
+@functools.cache
+def _import_faiss() -> Any:
+    if importlib.util.find_spec("faiss") is None:
+        return None
+    try:
+        faiss = importlib.import_module("faiss")
+    except ImportError as error:
+        warnings.warn(f"nearest: faiss is installed but fails to import, so it is not used: {error}", stacklevel=2)
+        return None
+    # A folder of that name is a package too.
+    return faiss if hasattr(faiss, "knn") else None
+
+
+# Threads do not live on in a forked child, which would wait forever for those that its parent's products began.
+_forked = False
+
+
+def forked() -> bool:
+    """Whether this process was forked from one that had imported this module."""
+    return _forked
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat.torch as torch_namespace
@@ -39,6 +40,16 @@ def _any_negative(indices: torch.Tensor) -> bool:
     return indices.numel() > 0 and indices.min().item() < 0
 
 
+def _is_transformed_while_compiled() -> bool:
+    """Whether dynamo is inside a transformation of ``torch.func``, where its guards fail on arrays of NumPy."""
+    return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+@torch.compiler.assume_constant_result
+def _numbers(entries: bytes) -> list[float]:
+    return array("d", entries).tolist()
+
+
 class TorchBackend(Backend):
     """PyTorch."""
 
@@ -51,6 +62,11 @@ class TorchBackend(Backend):
 
     def owns(self, x: object) -> bool:
         return isinstance(x, torch.Tensor)
+
+    def unfit(self, x: torch.Tensor) -> str | None:
+        if x.is_nested:
+            return f"a nested tensor of layout {x.layout}"
+        return None if x.layout is torch.strided else f"a tensor of layout {x.layout}"
 
     def is_floating(self, x: torch.Tensor) -> bool:
         return x.dtype.is_floating_point
@@ -67,7 +83,13 @@ class TorchBackend(Backend):
     def astype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)
 
-    def like(self, values: Any, x: torch.Tensor) -> torch.Tensor:
+    def copy(self, x: torch.Tensor) -> torch.Tensor:
+        # Contiguous, as collectives ask.
+        return x.clone(memory_format=torch.contiguous_format)
+
+    def like(self, values: Any, x: torch.Tensor, entries: bytes | None = None) -> torch.Tensor:
+        if isinstance(entries, bytes) and _is_transformed_while_compiled():
+            return torch.tensor(_numbers(entries), dtype=x.dtype, device=x.device).reshape(-1, x.shape[-1])
         # The sum is a copy that may be written to, without which torch warns.
         return torch.as_tensor(values + 0, dtype=x.dtype, device=x.device)
 
@@ -89,6 +111,9 @@ class TorchBackend(Backend):
     def add_scaled(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor | float) -> torch.Tensor:
         return torch.addcmul(x, y, c) if isinstance(c, torch.Tensor) else torch.add(x, y, alpha=c)
 
+    def snapshot(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
     def records(self, *arrays: torch.Tensor) -> bool:
         return not _is_plain(*arrays)
 
@@ -106,7 +131,8 @@ class TorchBackend(Backend):
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         if _is_plain(*(x for x in arrays if x is not None)):
-            return in_blocks(torch.empty, max(_BLOCK_ENTRIES // arrays[0].shape[-1], 1), function, *arrays)
+            width = next(x.shape[-1] for x in arrays if x is not None)
+            return in_blocks(torch.empty, max(_BLOCK_ENTRIES // width, 1), function, *arrays)
         return function(*arrays)
 
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,20 @@
-"""A rule bound to torch's automatic differentiation, in reverse and forward mode."""
+"""A rule bound to torch's automatic differentiation, in reverse and forward mode.
+
+What is kept for the backward pass is what the rule reads. A codebook that gets no gradient is not kept, but the
+codewords gathered from it: moving averages may overwrite it before the backward pass.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._functorch import TransformType, _unwrap_for_grad, is_functorch_wrapped_tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
-    from diveq_core.rule import Rule
+    from diveq_core.rule import Bindable
 
 
 class _Reverse(torch.autograd.Function):
@@ -16,19 +23,21 @@ class _Reverse(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rule: Rule, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
-        return rule.forward(z, codebook, indices, noise)
+    def forward(rule: Any, fixed: bool, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
+        out = rule.forward(z, codebook, indices, noise)
+        # What is kept may not be what the caller is free to overwrite.
+        return out.clone() if out is codebook else out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        rule, *arrays = inputs
+        rule, *_ = inputs
         ctx.rule = rule
-        ctx.save_for_backward(*arrays)
+        ctx.save_for_backward(*_read(*inputs))
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> tuple[Any, ...]:
         g_z, g_codebook = ctx.rule.pullback(*ctx.saved_tensors, g)
-        return None, g_z, g_codebook, None, None
+        return None, None, g_z, g_codebook, None, None
 
 
 class _Both(_Reverse):
@@ -39,17 +48,128 @@ class _Both(_Reverse):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _Reverse.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[1:])
+        ctx.save_for_forward(*_read(*inputs))
 
     @staticmethod
-    def jvp(ctx: Any, _rule: None, dz: Any, dcodebook: Any, _indices: None, _noise: Any) -> Any:
+    def jvp(ctx: Any, _rule: None, _fixed: None, dz: Any, dcodebook: Any, _indices: None, _noise: Any) -> Any:
         z, codebook, indices, noise = ctx.saved_tensors
-        dz = torch.zeros_like(z) if dz is None else dz
-        dcodebook = torch.zeros_like(codebook) if dcodebook is None else dcodebook
-        return ctx.rule.pushforward(z, codebook, indices, noise, dz, dcodebook)
+        return _pushed(ctx.rule, z, codebook, indices, noise, dz, dcodebook)
 
 
-def quantize(rule: Rule, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
+def _read(rule: Any, fixed: bool, z: Any, codebook: Any, indices: Any, noise: Any) -> tuple[Any, ...]:
+    """What the derivatives read."""
+    if rule.constant:
+        return None, None, None, None
+    return z, codebook, None if fixed else indices, noise
+
+
+class _Fixed:
+    """A rule whose codewords are held apart from what autograd saves, so that checkpoints do not gather them anew."""
+
+    def __init__(self, rule: Any, words: Any, indices: Any, noise: Any) -> None:
+        self.rule, self.words, self.indices, self.noise = rule, words, indices, noise
+        self.constant, self.trains_codebook = False, False
+
+    def forward(self, z: Any, _codebook: None, _indices: None, noise: Any) -> Any:
+        out = self.rule.forward(z, self.words, self.indices, self._noise(noise))
+        return out.clone() if out is self.words else out
+
+    def pullback(self, z: Any, _codebook: None, _indices: None, noise: Any, g: Any) -> tuple[Any, None]:
+        return self.rule.pullback(z, self.words, None, self._noise(noise), g)[0], None
+
+    def pushforward(self, z: Any, _codebook: None, _indices: None, noise: Any, dz: Any, _dcodebook: None) -> Any:
+        return self.rule.pushforward(z, self.words, None, self._noise(noise), dz, None)
+
+    def _noise(self, given: Any) -> Any:
+        return given if self.noise is None else self.noise
+
+
+def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
     """``rule.forward``, differentiable."""
-    function = _Reverse if torch.compiler.is_compiling() else _Both
-    return function.apply(rule, z, codebook, indices, noise)
+    if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return _traced(rule, z, codebook, indices, noise)
+        if forward_ad._current_level >= 0:
+            (own, dz), (words, dcodebook) = forward_ad.unpack_dual(z), forward_ad.unpack_dual(codebook)
+            if dz is not None or dcodebook is not None:
+                moved = _pushed(rule, own, words, indices, noise, dz, dcodebook)
+                return forward_ad.make_dual(_bound(_Reverse, rule, own, words, indices, noise), moved)
+            if not (z.requires_grad or codebook.requires_grad):
+                # Dynamo does not see tangents that come from outside.
+                return _in_operations(rule, z, codebook, indices, noise)
+        return _bound(_Reverse, rule, z, codebook, indices, noise)
+    if rule.constant or torch._C._are_functorch_transforms_active() or not _is_fixed(rule, codebook):
+        return _bound(_Both, rule, z, codebook, indices, noise)
+    with torch.no_grad():
+        words, own = rule.fixed(codebook.detach(), indices)
+        # Chosen by the indices, it belongs to the codewords.
+        held = noise if rule.noise_by_indices else None
+    given = None if rule.noise_by_indices else _kept(noise)
+    return _Both.apply(_Fixed(rule, words, own, held), True, z, None, None, given)
+
+
+def _bound(function: Any, rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
+    if rule.constant:
+        return function.apply(rule, False, z, codebook.detach(), indices, noise)
+    if not _is_fixed(rule, codebook):
+        return function.apply(rule, False, _kept(z), codebook, indices, _kept(noise))
+    words, own = rule.fixed(codebook.detach(), indices)
+    return function.apply(rule, True, z, words, own, _kept(noise))
+
+
+def _is_fixed(rule: Any, codebook: Any) -> bool:
+    """Whether the codebook certainly takes no derivative."""
+    if not rule.trains_codebook:
+        return True
+    if codebook.requires_grad:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if is_functorch_wrapped_tensor(codebook):
+        return False
+    return forward_ad._current_level < 0 or forward_ad.unpack_dual(codebook).tangent is None
+
+
+def _kept(x: Any) -> Any:
+    """What autograd can save: a copy of what was made under ``torch.inference_mode``."""
+    if x is None or torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return x.clone()
+
+
+def _pushed(rule: Any, z: Any, codebook: Any, indices: Any, noise: Any, dz: Any, dcodebook: Any) -> Any:
+    """``rule.pushforward``, of zeros where there is no tangent."""
+    if rule.trains_codebook and dcodebook is None and indices is not None:
+        dcodebook = torch.zeros_like(codebook)
+    # A constant rule has no second tangent, so there is a first.
+    dz = torch.zeros_like(z) if dz is None else dz
+    return rule.pushforward(z, codebook, indices, noise, dz, dcodebook)
+
+
+def _traced(rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
+    """The value, and the pushforward of tangents that are zero but have a derivative, in operations alone.
+
+    Under the transformations of ``torch.func`` dynamo can trace no Function. The innermost one is taken off the
+    arrays, so that it alone sees the tangents, and the pushforward's coefficients are left to those further out.
+    """
+    level = retrieve_current_functorch_interpreter()
+    key = level.key()
+    if key == TransformType.Grad or key == TransformType.Jvp:
+        number = level.level()
+        inner = [None if x is None else _unwrap_for_grad(x, number) for x in (z, codebook, indices, noise)]
+        with level.lower():
+            out = quantize(rule, *inner)
+    else:
+        return _in_operations(rule, z, codebook, indices, noise)
+    return _moved(rule, z, codebook, inner, out)
+
+
+def _in_operations(rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
+    inner = [z.detach(), codebook.detach(), indices, None if noise is None else noise.detach()]
+    return _moved(rule, z, codebook, inner, rule.forward(*inner))
+
+
+def _moved(rule: Any, z: Any, codebook: Any, inner: list[Any], out: Any) -> Any:
+    moved = rule.pushforward(*inner, inner[0] - z, inner[1] - codebook)
+    # Subtracted, as adding a zero would lose the sign of another one; of what is not finite no zero is left.
+    return out - (torch.where((moved == moved) | out.isnan(), moved, 0.0) + 0.0)

@@ -27,15 +27,34 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _vectors(z, centre, scale, rows, d, n, WIDTH: tl.constexpr, HALF: tl.constexpr):
-    """Tile of y, rounded to the 16 bits of z if HALF, else in float32."""
+def _quarters(z, centre, rows, d, n, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """Tile of (z - c) / 4, which never overflows; c is zero if HALF."""
     inside = (rows < n)[:, None] & (d < WIDTH)[None, :]
-    tile = tl.load(z + rows[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
-    if HALF:
-        return (tile.to(tl.float32) * scale).to(z.dtype.element_ty)
-    else:
+    tile = tl.load(z + rows[:, None] * WIDTH + d[None, :], mask=inside, other=0.0).to(tl.float32) * 0.25
+    if not HALF:
         middle = tl.load(centre + d, mask=d < WIDTH, other=0.0)
-        return tl.where(inside, (tile.to(tl.float32) - middle[None, :]) * scale, 0.0)
+        tile = tl.where(inside, tile - middle[None, :] * 0.25, 0.0)
+    return tile
+
+
+@triton.jit
+def _vectors(z, centre, scale, own, rows, d, n, WIDTH: tl.constexpr, HALF: tl.constexpr):
+    """Tile of y, in the row's own scale where that is not 0, rounded to the 16 bits of z if HALF, else in float32."""
+    inside = (rows < n)[:, None] & (d < WIDTH)[None, :]
+    tile = tl.load(z + rows[:, None] * WIDTH + d[None, :], mask=inside, other=0.0).to(tl.float32)
+    if not HALF:
+        middle = tl.load(centre + d, mask=d < WIDTH, other=0.0)
+        # Of large numbers the quarters, as the core does.
+        part = tl.where(scale < 1, 0.25, 1.0)
+        tile = tl.where(inside, tile * part - middle[None, :] * part, 0.0) * (scale / part)
+    else:
+        tile = tile * scale
+    quarters = _quarters(z, centre, rows, d, n, WIDTH, HALF)
+    tile = tl.where(own[:, None] == 0, tile, quarters / tl.where(own == 0, 1.0, own)[:, None])
+    if HALF:
+        return tile.to(z.dtype.element_ty)
+    else:
+        return tile
 
 
 @triton.jit
@@ -72,6 +91,7 @@ def _kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    LIMIT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     # Both kernels are launched and one of them returns here, so that the host need not wait for the centre.
@@ -85,15 +105,21 @@ def _kernel(
 
     # A row with an entry that is not finite has no finite score, and any other has no other.
     lost = tl.zeros([ROWS], tl.int32)
+    size = tl.zeros([ROWS], tl.float32)
     for start in range(0, WIDTH, DEPTH):
-        y = _vectors(z, centre, scale, rows, start + d, n, WIDTH, HALF)
-        finite = tl.abs(y.to(tl.float32)) < float("inf")
+        quarters = tl.abs(_quarters(z, centre, rows, start + d, n, WIDTH, HALF))
+        finite = quarters < float("inf")
         lost += tl.sum(tl.where(finite, 0, 1), axis=1)
+        size = tl.maximum(size, tl.max(tl.where(finite, quarters, 0.0), axis=1))
+    # The power of two not above it: its exponent alone.
+    power = (size.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    own = tl.where(size * scale > LIMIT, power, 0.0)
+    weight = tl.where(own == 0, 1.0, (0.25 / scale) / tl.where(own == 0, 1.0, own))
 
     best = tl.full([ROWS], float("inf"), tl.float32)
     chosen = tl.zeros([ROWS], tl.int32)
     if WHOLE:
-        kept = _vectors(z, centre, scale, rows, d, n, WIDTH, HALF)
+        kept = _vectors(z, centre, scale, own, rows, d, n, WIDTH, HALF)
     for first in range(0, COUNT, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
         products = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -101,11 +127,12 @@ def _kernel(
             products = _add_product(products, kept, _codewords(e, columns, d, COUNT, WIDTH), INTERPRETED)
         else:
             for start in range(0, WIDTH, DEPTH):
-                y = _vectors(z, centre, scale, rows, start + d, n, WIDTH, HALF)
+                y = _vectors(z, centre, scale, own, rows, start + d, n, WIDTH, HALF)
                 words = _codewords(e, columns, start + d, COUNT, WIDTH)
                 products = _add_product(products, y, words, INTERPRETED)
-        squares = tl.load(half_squares + columns, mask=columns < COUNT, other=float("inf"))
-        scores = squares[None, :] - products * outer
+        squares = tl.load(half_squares + columns, mask=columns < COUNT, other=0.0)
+        scores = squares[None, :] * weight[:, None] - products * outer
+        scores = tl.where((columns < COUNT)[None, :], scores, float("inf"))
         if INTERPRETED:
             scores = tl.where(scores == scores, scores, float("inf"))
         nearest, position = tl.min(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
@@ -131,21 +158,21 @@ def nearest_rows(lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -> torch
         return found
     z = z.contiguous()
     words = codebook.float()
-    centre, inverse_scale = search.frame(lib, words)
+    centre, scale = search.frame(lib, words)
     canonical = search.first_copies(lib, words)
-    e = ((words - centre) * inverse_scale).contiguous()
+    e = search.framed(lib, words, centre, scale).contiguous()
     half_squares = (e * e).sum(dim=1) * 0.5
-    one = torch.ones_like(inverse_scale)
+    one = torch.ones_like(scale)
     centred = (centre != 0).any().to(torch.int32)
     either = z.dtype == codebook.dtype and z.dtype in _HALF
     if either:
-        # Codewords of order 2^-24 fit bfloat16 and not float16, whose products are scaled instead.
-        inner = inverse_scale if z.dtype == torch.bfloat16 else one
+        # Scaled codewords fit bfloat16 and not float16, whose products are scaled instead.
+        inner = scale if z.dtype == torch.bfloat16 else one
         narrow = (words * inner).to(z.dtype).contiguous()
-        outer = (inverse_scale / inner) ** 2
+        outer = (scale / inner) ** 2
         scales = torch.stack([inner, outer])
         _launch(z, narrow, half_squares, centre, scales, canonical, found, centred, half=True, either=True)
-    scales = torch.stack([inverse_scale, one])
+    scales = torch.stack([scale, one])
     _launch(z, e, half_squares, centre, scales, canonical, found, centred, half=False, either=either)
     return found
 
@@ -174,6 +201,7 @@ def _launch(z, e, half_squares, centre, scales, canonical, found, centred, *, ha
             ROWS=rows,
             COLUMNS=columns,
             DEPTH=depth,
+            LIMIT=2.0 ** (search.REACH - 2),
             INTERPRETED=_INTERPRETED,
             num_warps=8 if half else 4,
             num_stages=3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 from typing import TYPE_CHECKING
@@ -12,11 +11,10 @@ import torch
 
 import diveq_numpy
 from diveq_core import search
+from diveq_core.options import optional_kernels
 from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from diveq_core.backend import Backend
 
 
@@ -47,12 +45,12 @@ def nearest_rows(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 def _fused_serves(z: torch.Tensor, codebook: torch.Tensor) -> bool:
     """Whether the fused kernel can run, and is not too wide for it."""
-    if z.device.type != "cuda" or torch.version.hip is not None or not _has_triton():
+    if z.device.type != "cuda" or torch.version.hip is not None or not (optional_kernels() and _has_triton()):
         return False
     narrow = z.dtype == codebook.dtype and z.dtype in (torch.float16, torch.bfloat16)
     return (
         torch.float64 not in (z.dtype, codebook.dtype)
-        and (narrow or codebook.shape[1] <= _FUSED_WIDTH)
+        and (narrow or codebook.shape[1] <= _FUSED_WIDTH or not _is_full_float32(z.device))
         and codebook.shape[0] < 1 << 30
         and torch.cuda.get_device_capability(z.device) >= (8, 0)
     )
@@ -67,16 +65,25 @@ def _nearest_by_numpy(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """NumPy's search in the same memory, whose argmin is faster; the product stays torch's up to some width.
 
     After a product of NumPy's its threads wait for the next one for a tenth of a second, on the cores that
-    the rest of a training step needs. Of wide vectors NumPy's product is faster by more than that costs.
+    the rest of a training step needs. Of wide vectors NumPy's product is faster by more than that costs, and it
+    is in full float32 whatever torch's is allowed to be.
     """
-    words = codebook.numpy()
-    product = _product if words.shape[1] <= _OWN_PRODUCT_WIDTH else np.matmul
-    with torch.no_grad(), torch.autocast("cpu", enabled=False), _full_float32(z.device):
-        parts = [
-            diveq_numpy.search.nearest_rows(diveq_numpy.backend, rows.to(codebook.dtype).numpy(), words, product)
-            for rows in z.split(_ROWS_WIDENED)
-        ]
-    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+    found = torch.empty(z.shape[0], dtype=torch.int64)
+    # In a forked child torch's threads are not there, and its product would wait for them; NumPy's begins its own.
+    usable = _is_full_float32(z.device) and not diveq_numpy.search.forked()
+    own = codebook.shape[1] <= _OWN_PRODUCT_WIDTH and usable
+    product, words = _product if own else np.matmul, _numpy_view(codebook)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for start in range(0, z.shape[0], _ROWS_WIDENED):
+            rows, here = (x[start : start + _ROWS_WIDENED] for x in (z, found))
+            rows = _numpy_view(rows.to(codebook.dtype))
+            diveq_numpy.search.nearest_rows(diveq_numpy.backend, rows, words, product, _numpy_view(here))
+    return found
+
+
+def _numpy_view(x: torch.Tensor) -> np.ndarray:
+    """The tensor's memory. Unlike `Tensor.numpy`, this leaves its storage resizable, as sharding needs it."""
+    return np.from_dlpack(x.detach().as_subclass(torch.Tensor))
 
 
 def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
@@ -86,17 +93,19 @@ def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
 def _nearest_by_product(lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     count, width = codebook.shape
     found = torch.empty(z.shape[0], dtype=torch.int64, device=z.device)
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False), _full_float32(z.device):
-        centre, inverse_scale = search.frame(lib, codebook)
-        extended = search.extended_codebook(lib, codebook, centre, inverse_scale).T
+    # Where the user allows TF32, the product is exact in float64: the setting is the whole process's, not ours.
+    dtype = codebook.dtype if _is_full_float32(z.device) else torch.float64
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+        centre, scale = search.frame(lib, codebook)
+        extended = search.extended_codebook(lib, codebook, centre, scale).T.to(dtype)
         canonical = search.first_copies(lib, codebook)
         rows = min(search.rows_per_chunk(lib, count, width), z.shape[0])
-        y = torch.ones(rows, width + 1, dtype=codebook.dtype, device=z.device)
-        scores = torch.empty(rows, count, dtype=codebook.dtype, device=z.device)
+        y = torch.empty(rows, width + 1, dtype=dtype, device=z.device)
+        scores = torch.empty(rows, count, dtype=dtype, device=z.device)
         for start in range(0, z.shape[0], rows or 1):
             chunk = z[start : start + rows].to(codebook.dtype)
             here = slice(0, len(chunk))
-            torch.sub(chunk, centre, out=y[here, :-1]).mul_(inverse_scale)
+            y[here, :-1], y[here, -1:] = search.framed_rows(lib, chunk, centre, scale)
             torch.mm(y[here], extended, out=scores[here])
             # min's index is not always the first among equals on a device; argmin's is.
             chosen = canonical[scores[here].argmin(dim=1)]
@@ -104,19 +113,10 @@ def _nearest_by_product(lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -
     return found
 
 
-@contextlib.contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32 also where the user allows TF32 or bfloat16 for them elsewhere."""
+def _is_full_float32(device: torch.device) -> bool:
+    """Whether products in float32 are computed in float32 on a device, not in TF32 or bfloat16."""
     settings = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device.type)
-    if settings is None:
-        yield
-        return
-    allowed = settings.matmul.fp32_precision
-    settings.matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.matmul.fp32_precision = allowed
+    return settings is None or settings.matmul.fp32_precision in ("ieee", "none")
 
 
 @nearest_rows.register_fake

@@ -143,10 +143,22 @@ def memory_rows(*, quick: bool = False) -> list[Row]:
 
 
 def saved_rows(*, quick: bool = False) -> list[Row]:
-    """What torch keeps for the backward pass of DiVeQ-detach beyond the inputs: the indices, 8 bytes each."""
+    """What torch keeps for the backward pass beyond the inputs: what the rule reads, and no more.
+
+    That is nothing for `STE`, for DiVeQ-detach the indices, 8 bytes each, and the codewords themselves where the
+    codebook gets no gradient, since it may be overwritten.
+    """
     problem = Problem(2048, 32, 64) if quick else Problem(65536, 1024, 64)
-    made = ("kept for backward beyond z, codebook", "torch, DiVeQ-detach", problem.size, problem.n * 8 / 1024, "KiB")
-    try:
-        return [Row(*made, saved_bytes(dq.DiVeQDetach(), problem) / 1024, judged=not quick)]
-    except UnavailableError as reason:
-        return [Row(*made, reason=str(reason))]
+    cases = (
+        ("torch, STE", dq.STE(), True, 0),
+        ("torch, DiVeQ-detach", dq.DiVeQDetach(), True, 8),
+        ("torch, DiVeQ-detach, codebook without gradient", dq.DiVeQDetach(), False, problem.d * 4),
+    )
+    rows = []
+    for text, estimator, trained, each in cases:
+        made = ("kept for backward beyond z, codebook", text, problem.size, problem.n * each / 1024, "KiB")
+        try:
+            rows.append(Row(*made, saved_bytes(estimator, problem, trained=trained) / 1024, judged=not quick))
+        except UnavailableError as reason:
+            rows.append(Row(*made, reason=str(reason)))
+    return rows

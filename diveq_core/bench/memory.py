@@ -13,10 +13,14 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import diveq_core as dq
 from diveq_core.bench.problem import Problem, UnavailableError, arrays, load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -56,8 +60,16 @@ def free_bytes(device: str = "cpu") -> int | None:
     return _kibibytes(_MEMINFO, "MemAvailable") if _MEMINFO.exists() else None
 
 
-def saved_bytes(estimator: dq.Estimator, problem: Problem) -> int:
+def saved_bytes(estimator: dq.Estimator, problem: Problem, *, trained: bool = True) -> int:
     """Bytes that torch keeps between forward and backward beyond ``z`` and ``codebook``.
+
+    Counted are the storages that the graph behind the output reaches, by what autograd saves and by what its nodes
+    hold besides.
+
+    Parameters
+    ----------
+    trained : bool
+        Whether the codebook asks for a gradient.
 
     Raises
     ------
@@ -67,19 +79,38 @@ def saved_bytes(estimator: dq.Estimator, problem: Problem) -> int:
     torch = load("torch")
     z, codebook, _ = arrays(problem, "torch")
     z.requires_grad_()
-    codebook.requires_grad_()
-    saved: dict[int, int] = {}
+    codebook.requires_grad_(trained)
+    kept: dict[int, int] = {}
 
     def pack(x: Any) -> Any:
         storage = x.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        kept[storage.data_ptr()] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = dq.quantize(z, codebook, estimator)
-    inputs = {x.untyped_storage().data_ptr() for x in (z, codebook)}
-    del out
-    return sum(count for pointer, count in saved.items() if pointer not in inputs)
+    nodes, seen = [out.z_q.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [each for each, _ in node.next_functions]
+        for x in _held(getattr(node, "__dict__", {}), torch.Tensor):
+            pack(x)
+    given = {x.untyped_storage().data_ptr() for x in (z, codebook)}
+    return sum(count for pointer, count in kept.items() if pointer not in given)
+
+
+def _held(x: Any, kind: type) -> Iterator[Any]:
+    """Those of a kind that an object holds, however deep."""
+    if isinstance(x, kind):
+        yield x
+    elif isinstance(x, (dict, list, tuple)) or hasattr(x, "__dict__"):
+        parts = x if isinstance(x, (list, tuple)) else (x if isinstance(x, dict) else vars(x)).values()
+        for part in parts:
+            if not isinstance(part, (type, ModuleType)):
+                yield from _held(part, kind)
 
 
 def _kibibytes(path: Path, field: str) -> int:

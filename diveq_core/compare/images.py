@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-_SHAPES = "shape (H, W), (H, W, C) or (N, H, W, C) with C = 1 or 3"
+_SHAPES = "shape (H, W), (N, H, W), (H, W, C) or (N, H, W, C) with C = 1 or 3"
+
+# What white may be: one, the 16 of scikit-learn's digits, or eight bits.
+_WHITES = (1, 16, 255)
 
 
 class Images(NamedTuple):
@@ -95,23 +98,28 @@ def _read_array(path: Path) -> list[np.ndarray]:
         raise CompareError(f"--data must be a .npy file of numbers, got {path}: {_first_line(error)}") from None
     if not isinstance(values, np.ndarray):
         raise CompareError(f"--data must be one array in a .npy file, got an archive of arrays in {path}")
-    if values.dtype != np.uint8 and not np.issubdtype(values.dtype, np.floating):
-        raise CompareError(f"--data must be uint8, or floating in [0, 1], got dtype {values.dtype} in {path}")
-    if values.ndim == 2:
-        values = values[:, :, None]
-    if values.ndim not in (3, 4) or values.shape[-1] not in (1, 3) or 0 in values.shape:
-        raise CompareError(f"--data must have {_SHAPES}, got {tuple(np.load(path, mmap_mode='r').shape)} in {path}")
-    if values.dtype == np.uint8:
-        values = _unit(values)
-    elif not np.isfinite(values).all():
-        raise CompareError(f"--data must be finite, got NaN or infinity in {path}")
-    elif values.min() < 0 or values.max() > 1:
-        raise CompareError(
-            f"--data must be uint8, or floating in [0, 1], got values from {values.min():g} to {values.max():g} "
-            f"in {path}"
-        )
-    values = values.astype(np.float32)
+    if not np.issubdtype(values.dtype, np.floating) and not np.issubdtype(values.dtype, np.integer):
+        raise CompareError(f"--data must be integers or floating, got dtype {values.dtype} in {path}")
+    shape = tuple(values.shape)
+    if values.ndim == 2 or (values.ndim == 3 and shape[-1] not in (1, 3)):
+        values = values[..., None]
+    if values.ndim not in (3, 4) or values.shape[-1] not in (1, 3) or 0 in shape:
+        raise CompareError(f"--data must have {_SHAPES}, got {shape} in {path}")
+    values = _unit(values) if values.dtype == np.uint8 else _scaled(values, path)
     return list(values) if values.ndim == 4 else [values]
+
+
+def _scaled(values: np.ndarray, path: Path) -> np.ndarray:
+    """Numbers whose white is not known from the dtype, by the smallest white that none exceeds."""
+    if not np.isfinite(values).all():
+        raise CompareError(f"--data must be finite, got NaN or infinity in {path}")
+    lowest, highest = values.min(), values.max()
+    if lowest < 0 or highest > _WHITES[-1]:
+        raise CompareError(
+            f"--data must lie in {' or '.join(f'[0, {white}]' for white in _WHITES)}, got values from {lowest:g} to "
+            f"{highest:g} in {path}"
+        )
+    return (values / next(white for white in _WHITES if highest <= white)).astype(np.float32)
 
 
 def _first_line(error: Exception) -> str:

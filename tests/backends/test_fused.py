@@ -183,7 +183,7 @@ COMPILED = """
     def instructions(vectors, codewords, **constants):
         types = dict.fromkeys(fused._kernel.arg_names, "*fp32") | dict(z="*" + vectors, e="*" + codewords)
         types |= dict(canonical="*i64", found="*i64", centred="*i32", n="i32")
-        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, INTERPRETED=False)
+        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, LIMIT=2.0**58, INTERPRETED=False)
         values = {(fused._kernel.arg_names.index(k),): v for k, v in (tile | constants).items()}
         types |= dict.fromkeys(tile | constants, "constexpr")
         source = ASTSource(fn=fused._kernel, signature=types, constexprs=values)
@@ -287,6 +287,7 @@ struct Position { unsigned x; };
 static thread_local Position threadIdx, blockIdx;
 static std::barrier together(256);
 static void __syncthreads() { together.arrive_and_wait(); }
+static int __float_as_int(float x) { int bits; std::memcpy(&bits, &x, 4); return bits; }
 static float __int_as_float(int bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 KERNEL
 template <class T> std::vector<T> take(long long count) {
@@ -336,7 +337,7 @@ def by_cuda_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Proble
         z, codebook = problem.z, problem.codebook
         with np.errstate(invalid="ignore"):
             centre, inverse_scale = search.frame(backend, codebook)
-            e = (codebook - centre) * inverse_scale
+            e = search.framed(backend, codebook, centre, inverse_scale)
         canonical = search.first_copies(backend, codebook).astype(np.int64)
         sizes = np.array([len(z), *codebook.shape], np.int64)
         arrays = (sizes, z, e, 0.5 * (e * e).sum(axis=1), centre, inverse_scale, canonical)

@@ -17,12 +17,6 @@ from diveq_core.bench.comparison import compare
 from diveq_core.bench.report import bars_table, comparison_table
 
 
-@pytest.fixture
-def full_size(request):
-    if not request.config.option.markexpr:
-        pytest.skip("minutes at full size: run with -m slow -s")
-
-
 def comparisons_of(bars):
     return list(dict.fromkeys((bar.job, bar.problem) for bar in bars if bar.problem.device == "cpu"))
 
@@ -50,7 +44,6 @@ def test_each_speed_bar_can_be_measured(job, problem, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("full_size")
 @pytest.mark.parametrize(("job", "problem"), comparisons_of(speed_bars()), ids=str)
 def test_speed_bars(job, problem):
     for row in measure(job, problem, speed_bars(), 9, judged=True):
@@ -58,7 +51,6 @@ def test_speed_bars(job, problem):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("full_size")
 def test_memory_bars():
     rows = [*memory_rows(), *saved_rows()]
     Console(width=110).print(bars_table(rows))
