@@ -130,7 +130,7 @@ def ema_update(
     This is :math:`E_k = s_k / n_k` with :math:`s_k \leftarrow m s_k + (1-m)\sum z_n`, rearranged: both moving
     averages carry the same bias, which their quotient loses, and a codeword that was not chosen (:math:`c_k = 0`)
     keeps its value bit for bit, from the first step on. Nothing divides by a small count, so no smoothing is needed.
-    Sums that overflow are not written; that takes several ranks, and vectors near the largest number far from the codebook.
+    Sums that overflow are not written: over several ranks, vectors near the largest number and far from the codebook.
 
     It is also, exactly, a step of stochastic gradient descent on the codebook loss
     :math:`\tfrac12\sum_n \|E_{i_n} - \operatorname{sg}[z_n]\|^2` with learning rate :math:`(1-m)/n_k` for codeword

@@ -151,7 +151,8 @@ class DiVeQ(_Distance):
 
     Notes
     -----
-    Where :math:`\rho = 0`: z_q = z, g_z = g and g_q = 0. Large sigma tends to `NSVQ`.
+    Where :math:`\rho = 0`: z_q = z, g_z = g and g_q = 0. Large sigma tends to `NSVQ`. A sigma that changes from step to
+    step, traced say, is ``DiVeQ(sigma=1.0)`` with ``noise=sigma_t * eps``.
 
     References
     ----------

@@ -26,17 +26,21 @@ class JaxBackend(Backend):
         super().__init__(jnp, "jax")
 
     def owns(self, x: object) -> bool:
-        return isinstance(x, jax.Array) or hasattr(type(x), "__jax_array__")
+        return isinstance(x, jax.Array) or _stands_for_array(x)
 
-    def astype(self, x: jax.Array, dtype: Any) -> jax.Array:
-        return super().astype(_array(x), dtype)
+    def quiet(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # What stands for an array, a parameter of a layer say, is one from here on.
+        def call(*args: Any, **options: Any) -> Any:
+            args, options = jax.tree.map(_array, (args, options), is_leaf=_stands_for_array)
+            return function(*args, **options)
+
+        return call
 
     def as_indices(self, x: jax.Array) -> jax.Array:
-        x = _array(x)
         return x if x.dtype in (jnp.int32, jnp.int64) else x.astype(jnp.int32)
 
     def is_concrete(self, x: jax.Array) -> bool:
-        return not isinstance(_array(x), jax.core.Tracer)
+        return not isinstance(x, jax.core.Tracer)
 
     def copy(self, x: jax.Array) -> jax.Array:
         # Also of what cannot change: a buffer can be donated.
@@ -46,7 +50,7 @@ class JaxBackend(Backend):
         return {}
 
     def stop_gradient(self, x: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(_array(x))
+        return jax.lax.stop_gradient(x)
 
     def standard_normal(self, function: str, z: jax.Array, rng: Any) -> jax.Array:
         if rng is None:
@@ -64,7 +68,7 @@ class JaxBackend(Backend):
         return list(jax.random.split(rng, count))
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        return sharding.matmul(_array(a), _array(b))
+        return sharding.matmul(a, b)
 
     def snapshot(self, x: jax.Array) -> jax.Array:
         return x
@@ -83,7 +87,7 @@ class JaxBackend(Backend):
         return jnp.sum(bits * odd[None, :], axis=1, dtype=jnp.uint32)
 
     def take_rows(self, codebook: jax.Array, indices: jax.Array) -> jax.Array:
-        return sharding.take_rows(_array(codebook), _array(indices))
+        return sharding.take_rows(codebook, indices)
 
     def nan_where(self, condition: jax.Array, x: jax.Array) -> jax.Array:
         # No array of NaN by itself, at which `jax_debug_nans` would raise.
@@ -95,8 +99,7 @@ class JaxBackend(Backend):
     def bind(
         self, rule: Bindable, z: jax.Array, codebook: jax.Array, indices: jax.Array, noise: jax.Array | None
     ) -> jax.Array:
-        arrays = [x if x is None else _array(x) for x in (z, codebook, indices, noise)]
-        return quantize(rule, *sharding.varying(*arrays))
+        return quantize(rule, *sharding.varying(z, codebook, indices, noise))
 
     def log_radius_gradients(
         self, r: Callable[[Any, Any], Any], q: jax.Array, z: jax.Array
@@ -106,9 +109,12 @@ class JaxBackend(Backend):
         return to_q, to_z
 
 
-def _array(x: Any) -> jax.Array:
-    """What stands for an array, a parameter of a layer say, as an array."""
-    return x if isinstance(x, jax.Array) else x.__jax_array__()
+def _array(x: Any) -> Any:
+    return x.__jax_array__() if _stands_for_array(x) else x
+
+
+def _stands_for_array(x: object) -> bool:
+    return hasattr(type(x), "__jax_array__") and not isinstance(x, jax.Array)
 
 
 def _check_key(function: str, rng: object) -> None:

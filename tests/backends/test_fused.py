@@ -184,7 +184,8 @@ COMPILED = """
     def instructions(vectors, codewords, **constants):
         types = dict.fromkeys(fused._kernel.arg_names, "*fp32") | dict(z="*" + vectors, e="*" + codewords)
         types |= dict(canonical="*i64", found="*i64", centred="*i32", n="i32")
-        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, LIMIT=2.0**(search.REACH - 2), INTERPRETED=False)
+        limit = 2.0 ** (search.REACH - 2)
+        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, LIMIT=limit, INTERPRETED=False)
         values = {(fused._kernel.arg_names.index(k),): v for k, v in (tile | constants).items()}
         types |= dict.fromkeys(tile | constants, "constexpr")
         source = ASTSource(fn=fused._kernel, signature=types, constexprs=values)

@@ -23,24 +23,13 @@ def _strict_promotion():
 
 
 class Parameter:
-    """What flax.nnx has for an array, reduced to the protocol and to what it hands through."""
+    """What stands for an array by the protocol alone, with nothing of an array besides."""
 
     def __init__(self, value):
         self.value = value
 
     def __jax_array__(self):
         return self.value
-
-    def __getattr__(self, name):
-        return getattr(self.__dict__["value"], name)
-
-    def __getitem__(self, where):
-        return self.value[where]
-
-
-for _operator in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge", "eq", "radd", "rsub", "rmul", "neg"):
-    _name = f"__{_operator}__"
-    setattr(Parameter, _name, lambda self, *others, _name=_name: getattr(self.value, _name)(*others))
 
 
 # Their automatic differentiation takes arrays alone; what is given inside of it may be a parameter.
@@ -147,10 +136,8 @@ def test_export_with_any_number_of_vectors(verb):
     exported = jax.export.export(jax.jit(verb))(
         jax.ShapeDtypeStruct((batch, 2, 3), "float32"), jax.ShapeDtypeStruct((7, 3), "float32")
     )
-    # Through bytes, as a file would have it.
-    again = jax.export.deserialize(exported.serialize())
     for count in (1, 32, 70):
         z = jnp.asarray(rng.standard_normal((count, 2, 3)), "float32")
-        found, expected = again.call(z, codebook), verb(z, codebook)
+        found, expected = exported.call(z, codebook), verb(z, codebook)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
