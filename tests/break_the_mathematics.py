@@ -226,7 +226,7 @@ MUTANTS = (
     Mutant(
         "JAX: nothing is held constant",
         JAX,
-        "return jax.lax.stop_gradient(_array(x))",
+        "return jax.lax.stop_gradient(x)",
         "return x",
         second("DiVeQ", "jax"),
     ),
