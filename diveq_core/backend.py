@@ -76,7 +76,13 @@ class Backend:
     def as_indices(self, x: Array) -> Array:
         """Integers in a dtype that the library indexes with, wide enough for any codebook."""
         xp = self.xp
-        return x if x.dtype in (xp.int32, xp.int64) else xp.astype(x, xp.int64)
+        if x.dtype in (xp.int32, xp.int64):
+            return x
+        wide = xp.astype(x, xp.int64)
+        if x.dtype != getattr(xp, "uint64", None):
+            return wide
+        # What wraps is out of range, and must not become the mark -1.
+        return xp.where(wide < 0, xp.full_like(wide, xp.iinfo(xp.int64).max), wide)
 
     def is_concrete(self, x: Array) -> bool:
         """Whether ``x`` has values now, that is, is not being traced."""

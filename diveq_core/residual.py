@@ -76,7 +76,7 @@ class Residual(Composite):
             z_q, indices = verb(stage.kept(residual), words, self.estimator, **stage.options)
             stages.append((stage.kept(z_q), stage.found(indices)))
             residual = residual - stages[-1][0]
-        return self._joined(lib, z, codebook, stages)
+        return self._joined(lib, z, codebook, stages, options)
 
     def vjp(
         self, lib: Backend, verb: Callable[..., Any], z: Array, codebook: Array, options: Options
@@ -102,7 +102,7 @@ class Residual(Composite):
             g_codebook = self.assembled(lib, codebook, g_words[::-1])
             return lib.astype(g_residual, z.dtype), lib.astype(g_codebook, codebook.dtype)
 
-        return self._joined(lib, z, codebook, stages), pullback
+        return self._joined(lib, z, codebook, stages, options), pullback
 
     def jvp(
         self,
@@ -128,7 +128,7 @@ class Residual(Composite):
             moved = stage.kept(moved)
             tangent = moved if tangent is None else tangent + moved
             residual, d_residual = residual - stages[-1][0], d_residual - moved
-        return self._joined(lib, z, codebook, stages), lib.astype(tangent, lib.result_dtype(z, codebook))
+        return self._joined(lib, z, codebook, stages, options), lib.astype(tangent, lib.result_dtype(z, codebook))
 
     def decode(self, lib: Backend, verb: Callable[..., Any], indices: Array, codebook: Array, dtype: Any) -> Array:
         # No float32 rounds what a codebook of float64 holds, whatever is asked for.
@@ -153,12 +153,14 @@ class Residual(Composite):
         return lib.astype(z, dtype), lib.astype(codebook, dtype)
 
     def _joined(
-        self, lib: Backend, z: Array, codebook: Array, stages: list[tuple[Array, Array]]
+        self, lib: Backend, z: Array, codebook: Array, stages: list[tuple[Array, Array]], options: Options
     ) -> tuple[Array, Array]:
-        total = stages[0][0]
-        for z_q, _ in stages[1:]:
+        total, first = stages[0]
+        for z_q, found in stages[1:]:
             total = total + z_q
-        indices = lib.xp.stack([found for _, found in stages], axis=z.ndim - 1)
+            # A search that finds nothing gives NaN, so the vector is marked, or its indices would decode as dropped.
+            first = first if options["indices"] is not None else lib.xp.where(found < 0, found, first)
+        indices = lib.xp.stack([first, *(found for _, found in stages[1:])], axis=z.ndim - 1)
         return lib.astype(total, lib.result_dtype(z, codebook)), indices
 
 

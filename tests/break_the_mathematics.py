@@ -760,6 +760,27 @@ MUTANTS = (
         "test_compose_dtypes.py dropped_stage_adds and numpy",
     ),
     Mutant(
+        "residual: a later stage that finds nothing is as if dropped",
+        RESIDUAL,
+        "lib.xp.where(found < 0, found, first)",
+        "lib.xp.where(found < -1, found, first)",
+        "test_compose_dtypes.py finds_nothing and numpy",
+    ),
+    Mutant(
+        "JAX: an unsigned index wraps to the mark",
+        "backends/diveq_jax/__init__.py",
+        "x = jnp.minimum(x, jnp.asarray(jnp.iinfo(jnp.int32).max, x.dtype))",
+        "x = jnp.maximum(x, jnp.asarray(0, x.dtype))",
+        "test_compose_dtypes.py out_of_range and jax and uint32",
+    ),
+    Mutant(
+        "MLX: an index out of range reads other memory",
+        "backends/diveq_mlx/__init__.py",
+        "mx.where(indices < codebook.shape[0], indices, -1)",
+        "mx.where(indices < codebook.shape[0], indices, 0)",
+        "test_compose_dtypes.py out_of_range and mlx",
+    ),
+    Mutant(
         "residual: a dropped stage gets the gradient",
         RESIDUAL,
         "pullback_of_stage(stage.kept(g_q))",

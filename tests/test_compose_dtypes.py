@@ -277,6 +277,40 @@ def test_truth_values_are_no_indices(library: Library) -> None:
             call()
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "uint64"])
+@pytest.mark.parametrize("name", ["jax", "mlx"])
+def test_what_is_out_of_range_is_nothing_where_it_is_not_refused(name: str, dtype: str) -> None:
+    """Neither the mark nor another array's memory; for an unsigned dtype also what wraps to -1."""
+    library = library_named(name)
+    with wide(library):
+        for index in (K, K + 1, 1000, np.iinfo(dtype).max):
+            indices, words = of_integers(library, [1, index], dtype), library.to(np.ones((K, 2), "f4"))
+            found = library.back(dq.lookup(indices, words))
+            np.testing.assert_array_equal(found, [[1, 1], [np.nan, np.nan]])
+            np.testing.assert_array_equal(library.back(dq.usage(indices, K)), np.eye(K)[1])
+            _, moved = dq.ema_update(dq.ema_init(words), words, library.to(np.full((2, 2), 3.0, "f4")), indices)
+            np.testing.assert_array_equal(library.back(moved), np.where(np.arange(K)[:, None] == 1, 3, 1) * np.ones(2))
+            # In a later stage it is no dropped one.
+            staged = of_integers(library, [[1, index]], dtype)
+            assert np.all(np.isnan(library.back(dq.decode(staged, words, dq.Residual(dq.STE(), 2)))))
+
+
+def test_a_later_stage_that_finds_nothing_marks_the_vector(library: Library) -> None:
+    """Else its indices would decode to a sum of fewer stages, where training saw NaN."""
+    words = np.random.default_rng(13).standard_normal((2, K, D)).astype("f4")
+    words[1, 0, 0] = np.nan
+    z, words_ = library.to(np.ones((3, D), "f4")), library.to(words)
+    estimator = dq.Residual(dq.DiVeQDetach(), 2)
+    for out in (
+        dq.quantize(z, words_, estimator, check_finite=False),
+        dq.vjp(z, words_, estimator, check_finite=False)[0],
+        dq.jvp(z, words_, z, words_, estimator, check_finite=False)[0],
+    ):
+        assert np.all(np.isnan(library.back(out.z_q)))
+        np.testing.assert_array_equal(library.back(out.indices), np.full((3, 2), -1))
+        assert np.all(np.isnan(library.back(dq.decode(out.indices, words_, estimator))))
+
+
 def test_numpy_refuses_what_wraps_to_the_mark() -> None:
     words = np.ones((2, K, D))
     with pytest.raises(ValueError, match=r"^decode: indices must lie in \[0, K\) with K = 6, .* 18446744073709551615"):

@@ -37,7 +37,12 @@ class JaxBackend(Backend):
         return call
 
     def as_indices(self, x: jax.Array) -> jax.Array:
-        return x if x.dtype in (jnp.int32, jnp.int64) else x.astype(jnp.int32)
+        if x.dtype in (jnp.int32, jnp.int64):
+            return x
+        if x.dtype in (jnp.uint32, jnp.uint64):
+            # What would wrap is out of range, and must not become the mark -1.
+            x = jnp.minimum(x, jnp.asarray(jnp.iinfo(jnp.int32).max, x.dtype))
+        return x.astype(jnp.int32)
 
     def is_concrete(self, x: jax.Array) -> bool:
         return not isinstance(x, jax.core.Tracer)

@@ -54,11 +54,15 @@ class MlxBackend(Backend):
         return list(mx.random.split(rng, count))
 
     def segment_add(self, total: mx.array, values: mx.array, segments: mx.array) -> mx.array:
-        # One segment more takes the rows whose segment is negative.
+        # One segment more takes the rows whose segment is out of range, where MLX would write into other memory.
         count, width = total.shape
-        kept = mx.stop_gradient(mx.where(segments < 0, count, segments))
+        kept = mx.stop_gradient(mx.where((segments < 0) | (segments >= count), count, segments))
         padded = mx.concatenate([total, mx.zeros((1, width), total.dtype)])
         return padded.at[kept].add(values)[:count]
+
+    def take_rows(self, codebook: mx.array, indices: mx.array) -> mx.array:
+        # Out of range MLX reads other memory.
+        return super().take_rows(codebook, mx.where(indices < codebook.shape[0], indices, -1))
 
     def first_equal(self, x: mx.array) -> mx.array:
         # Not by searchsorted, over whose sorted numbers MLX cannot vmap.
