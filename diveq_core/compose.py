@@ -26,6 +26,9 @@ class Composite:
 
     estimator: Estimator | Composite
     parts: int
+    sums: bool = False
+    """Whether the output is a sum of codewords, which 16 bits would round."""
+
     spare: bool = False
     """Whether there may be codebooks that no part uses."""
 

@@ -70,8 +70,8 @@ def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /,
         With noise it gives the codeword, which its output was near. None that is space-filling: an index alone does
         not say where on its segment a vector lies. `project` and `decode_curve` do.
     dtype : optional
-        The library's floating dtype of the result; the codebook's by default. With that of ``z_q`` from `quantize` the
-        result is ``z_q`` bit for bit. A sum of stages is computed in at least float32 and rounded to it once.
+        The library's floating dtype of the result; the codebook's by default, and at least float32 for a `Residual`,
+        whose sums 16 bits would round. With the dtype of ``z_q`` from `quantize` the result is ``z_q`` bit for bit.
 
     Returns
     -------
@@ -101,7 +101,9 @@ def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /,
     lib = backend_of("decode", indices=indices, codebook=codebook)
     if isinstance(estimator, Composite):
         check_floating(lib, "decode", codebook=codebook)
-        return estimator.decode(lib, decode, indices, codebook, codebook.dtype if dtype is None else dtype)
+        if dtype is None:
+            dtype = lib.compute_dtype(codebook.dtype) if estimator.sums else codebook.dtype
+        return _floating(lib, estimator.decode(lib, decode, indices, codebook, dtype))
     check_estimator("decode", estimator)
     if isinstance(estimator, SpaceFilling):
         raise TypeError(
@@ -109,7 +111,12 @@ def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /,
             f"decode_curve"
         )
     rows = _rows_of("decode", lib, indices, codebook)
-    return rows if dtype is None else lib.astype(rows, dtype)
+    return rows if dtype is None else _floating(lib, lib.astype(rows, dtype))
+
+
+def _floating(lib: Backend, decoded: Array) -> Array:
+    check_floating(lib, "decode", dtype=decoded)
+    return decoded
 
 
 def _rows_of(function: str, lib: Backend, indices: Array, codebook: Array) -> Array:

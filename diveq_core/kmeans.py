@@ -163,15 +163,17 @@ def kmeans(
         if lib.is_concrete(moved) and bool(xp.all(moved == e)):
             break
         e = moved
-    indices = frame.nearest(e)
-    inertia = frame.ranks.sum(xp.sum(frame.squared_distances(e, indices)))
-    shaped = xp.reshape(indices, tuple(z.shape[:-1]))
     found = frame.restore(e)
     if begin is not None:
         # A codeword that did not move is as it was, bit for bit.
         begin = lib.astype(begin, z.dtype)
         kept = xp.all((e == first) & xp.isfinite(begin), axis=1, keepdims=True)
         found = xp.where(kept, begin, found)
+    # Of the codebook as 16 bits hold it.
+    e = e if e.dtype == z.dtype else frame.enter(found)
+    indices = frame.nearest(e)
+    inertia = frame.ranks.sum(xp.sum(frame.squared_distances(e, indices)))
+    shaped = xp.reshape(indices, tuple(z.shape[:-1]))
     return KMeans(found, shaped, inertia * frame.size * frame.size * frame.inverse * frame.inverse)
 
 

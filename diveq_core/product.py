@@ -49,6 +49,10 @@ class Product(Composite):
     def parts(self) -> int:  # type: ignore[override]
         return self.groups
 
+    @property
+    def sums(self) -> bool:  # type: ignore[override]
+        return isinstance(self.estimator, Composite) and self.estimator.sums
+
     def check(self, function: str, z: Array, codebook: Array) -> Backend:
         lib = super().check(function, z, codebook)
         if z.shape[-1] % self.groups:

@@ -205,11 +205,11 @@ def vjp(
         out = call.quantized(rule.forward(call.z, codebook, call.indices, call.noise))
 
         # Moving averages may overwrite the codebook before the pullback is called.
-        words = None if rule.constant else lib.snapshot(codebook)
+        words, chosen = (None, None) if rule.constant else (lib.snapshot(codebook), lib.snapshot(call.indices))
 
         def pull(g: Array) -> tuple[Array, Array]:
             rows = flat_rows(lib, g)
-            g_z, g_codebook = rule.pullback(call.z, words, call.indices, call.noise, rows)
+            g_z, g_codebook = rule.pullback(call.z, words, chosen, call.noise, rows)
             if g_z is rows:
                 g_z = lib.copy(g_z)
             if g_codebook is None:

@@ -167,8 +167,9 @@ def replace_unused(
     # each replacement, so that two of the same source differ.
     info = xp.finfo(codebook.dtype)
     largest = xp.max(xp.abs(sources), axis=1, keepdims=True)
-    normal = xp.where(largest == 0, largest, larger(lib, largest, xp.full_like(largest, float(info.smallest_normal))))
-    unit = 4 * float(info.eps) * normal * order[:, None]
+    smallest = xp.full_like(largest, float(info.smallest_normal))
+    # A copy of zeros moves by the smallest normal number.
+    unit = xp.where(largest == 0, smallest, 4 * float(info.eps) * larger(lib, largest, smallest)) * order[:, None]
     step = jitter * deviation * e + xp.where(e < 0, -unit, unit)
     if not isinstance(jitter, float):
         step = xp.where(jitter > 0, step, xp.zeros_like(e))

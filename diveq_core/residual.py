@@ -51,6 +51,7 @@ class Residual(Composite):
     estimator: Estimator | Composite
     stages: int
     spare = True
+    sums = True
 
     def __post_init__(self) -> None:
         self._check("stages")

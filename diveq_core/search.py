@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # with vectors up to 2^REACH stay finite.
 _HEADROOM, REACH = 30, 60
 
+# How often codewords are sorted whose keys meet by chance.
+_ROUNDS = 64
+
 # Scores of a chunk that a large cache holds, 8 MiB in float32; fewer rows would not fill the product.
 _SCORES_IN_CACHE = 1 << 21
 
@@ -100,12 +103,21 @@ def first_copies(lib: Backend, codebook: Array) -> Array:
     """Lowest index of a codeword equal to codeword k, (K,).
 
     A matrix product may round equal columns differently, so equal codewords are found here, by sorting
-    one key of each row: the first of its key is a row's first copy if it is equal to it.
+    one key of each row: the first of its key is a row's first copy if it is equal to it. Others look again among
+    those of their key that are left, where values can be read; elsewhere keys that meet by chance stay apart.
     """
     xp = lib.xp
-    first = lib.as_indices(lib.first_equal(lib.row_keys(codebook)))
-    own = xp.arange(codebook.shape[0], dtype=first.dtype, **lib.place(codebook))
-    return xp.where(xp.all(xp.take(codebook, first, axis=0) == codebook, axis=1), first, own)
+    keys = lib.row_keys(codebook)
+    own = lib.as_indices(xp.arange(codebook.shape[0], **lib.place(codebook)))
+    found, left = own, own >= 0
+    for _ in range(_ROUNDS):
+        first = lib.as_indices(lib.first_equal(keys))
+        equal = (first == own) | xp.all(xp.take(codebook, first, axis=0) == codebook, axis=1)
+        found, left = xp.where(left & equal, first, found), left & ~equal
+        if not lib.is_concrete(codebook) or not bool(xp.any(left)):
+            break
+        keys = xp.where(left, first, own + codebook.shape[0])
+    return found
 
 
 def nearest_rows(lib: Backend, z: Array, codebook: Array) -> Array:

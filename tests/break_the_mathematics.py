@@ -596,10 +596,17 @@ MUTANTS = (
         "backends/test_torch.py weight_decay",
     ),
     Mutant(
+        "the pullback reads the indices late",
+        "diveq_core/quantize.py",
+        "else (lib.snapshot(codebook), lib.snapshot(call.indices))",
+        "else (lib.snapshot(codebook), call.indices)",
+        "test_upkeep.py indices_given_back",
+    ),
+    Mutant(
         "the pullback reads the codebook late",
         "diveq_core/quantize.py",
-        "words = None if rule.constant else lib.snapshot(codebook)",
-        "words = None if rule.constant else codebook",
+        "else (lib.snapshot(codebook), lib.snapshot(call.indices))",
+        "else (codebook, lib.snapshot(call.indices))",
         "test_quantize.py was_used and numpy",
     ),
     Mutant(
@@ -936,9 +943,16 @@ MUTANTS = (
     Mutant(
         "search: the last of copies",
         SEARCH,
-        "first = lib.as_indices(lib.first_equal(lib.row_keys(codebook)))",
+        "first = lib.as_indices(lib.first_equal(keys))",
         "first = lib.as_indices(xp.arange(codebook.shape[0]))",
         "test_search.py copies_give and strict",
+    ),
+    Mutant(
+        "search: keys that meet by chance stay so",
+        SEARCH,
+        "_ROUNDS = 64",
+        "_ROUNDS = 1",
+        "test_search_accuracy.py meet_by_chance",
     ),
     Mutant(
         "search: a lost row finds something",

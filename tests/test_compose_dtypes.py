@@ -53,9 +53,12 @@ def test_decoding_to_the_dtype_of_the_output_is_bit_for_bit(name: str, library: 
             assert decoded.dtype == out.z_q.dtype
             np.testing.assert_array_equal(library.back(decoded), library.back(out.z_q), err_msg=f"{one} {other}")
             plain = dq.decode(out.indices, words_, estimator)
-            assert plain.dtype == words_.dtype
-            if one == other:
-                np.testing.assert_array_equal(library.back(plain), library.back(out.z_q))
+            if "Residual" in name or library.back(words_).dtype.itemsize > 2:
+                assert library.back(plain).dtype.itemsize >= 4
+            if library.back(out.z_q).dtype.itemsize <= library.back(plain).dtype.itemsize:
+                # By default a sum has the digits of float32, which z_q rounds if it has fewer.
+                rounded = library.cast(plain, out.z_q.dtype)
+                np.testing.assert_array_equal(library.back(rounded), library.back(out.z_q), err_msg=f"{one} {other}")
 
 
 @pytest.mark.parametrize("estimator", [dq.STE(), dq.Residual(dq.STE(), 3)], ids=["STE", "residual"])
@@ -69,8 +72,9 @@ def test_decoding_to_another_dtype_rounds_once(estimator: Any, library: Library)
     exact = sum(words[s].astype(float)[indices[:, s]] for s in range(3)) if staged else words.astype(float)[indices]
     words_, indices_ = library.to(words), library.to(indices)
     # Sums of three float16 numbers of order one are exact in float32.
+    half = library.to(np.zeros(1, np.float16)).dtype
     want = exact.astype(np.float16)
-    np.testing.assert_array_equal(library.back(dq.decode(indices_, words_, estimator)), want)
+    np.testing.assert_array_equal(library.back(dq.decode(indices_, words_, estimator, dtype=half)), want)
     single = dq.decode(indices_, words_, estimator, dtype=library.to(np.zeros(1, np.float32)).dtype)
     assert library.back(single).dtype == np.float32
     np.testing.assert_array_equal(library.back(single), exact.astype(np.float32))
@@ -331,3 +335,24 @@ def test_decoding_and_given_indices_compile(name: str) -> None:
     torch.testing.assert_close(again, decoded, rtol=0, atol=0, equal_nan=True)
     given = torch.compile(lambda z, i: dq.quantize(z, words, estimator, indices=i).z_q, **options)(z, indices)
     torch.testing.assert_close(given, decoded, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_residual_codebook_in_sixteen_bits_decodes_to_what_wider_vectors_gave(dtype: str, library: Library) -> None:
+    rng = np.random.default_rng(7)
+    z, words = rng.standard_normal((N, D)).astype("f4"), rng.standard_normal((4, K, D)).astype("f4")
+    kind = (
+        library.bfloat16
+        if dtype == "bfloat16"
+        else library.to(words[:1].astype("f2")).dtype
+        if library.float16
+        else None
+    )
+    if kind is None:
+        pytest.skip(f"{library.name} has no {dtype}")
+    with standard_promotion():
+        narrow = library.cast(library.to(words), kind)
+        out = dq.quantize(library.to(z), narrow, dq.Residual(dq.STE(), 4))
+        decoded = dq.decode(out.indices, narrow, dq.Residual(dq.STE(), 4))
+    assert decoded.dtype == out.z_q.dtype
+    np.testing.assert_array_equal(library.back(decoded), library.back(out.z_q))

@@ -314,6 +314,33 @@ def test_any_byte_order_and_width_of_numpy(dtype: str):
         np.testing.assert_array_equal(np.sort(found.codebook.ravel().astype(float)) - 1e9, [0.5, 10.5])
 
 
+@pytest.mark.parametrize("kind", ["signs", "powers of two", "large and close", "small integers"])
+def test_equal_codewords_give_the_lowest_index_whatever_their_bits(search: Callable[..., np.ndarray], kind: str):
+    """Keys of rows with bits of few patterns must not meet, nor those of rows that differ in their last digits."""
+    for seed, (count, width) in itertools.product(range(4), [(7, 33), (37, 8), (37, 40), (200, 16)]):
+        rng = np.random.default_rng([seed, count, width])
+        half = {
+            "signs": lambda n, d, r=rng: r.choice([-1.0, 1.0], (n, d)),
+            "powers of two": lambda n, d, r=rng: 2.0 ** r.integers(-3, 4, (n, d)),
+            "large and close": lambda n, d, r=rng: 1e6 + r.integers(-3, 4, (n, d)),
+            "small integers": lambda n, d, r=rng: r.integers(-2, 3, (n, d)) * 1.0,
+        }[kind]((count + 1) // 2, width)
+        codebook = np.concatenate([half, half])[:count][rng.permutation(count)].astype(np.float32)
+        z = codebook[rng.integers(0, count, ROWS)] + 0.3 * rng.standard_normal((ROWS, width)).astype(np.float32)
+        found = search(z, codebook)
+        _, first, copy_of = np.unique(codebook, axis=0, return_index=True, return_inverse=True)
+        np.testing.assert_array_equal(found, first[copy_of.reshape(-1)][found])
+
+
+def test_rows_whose_keys_meet_by_chance(monkeypatch: pytest.MonkeyPatch):
+    from diveq_core.search import first_copies
+    from diveq_numpy import backend
+
+    codebook = np.float32([[4, 1], [1, 2], [1, 2], [4, 1], [3, 3], [1, 2]])
+    monkeypatch.setattr(type(backend), "row_keys", lambda self, codebook: np.zeros(len(codebook), np.uint64))
+    np.testing.assert_array_equal(first_copies(backend, codebook), [0, 1, 1, 0, 4, 1])
+
+
 class TestOption:
     def test_it_turns_faiss_off(self, monkeypatch: pytest.MonkeyPatch):
         faiss = pytest.importorskip("faiss")

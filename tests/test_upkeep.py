@@ -517,3 +517,30 @@ def test_a_codebook_of_stages_is_told_what_to_do() -> None:
 
 def test_every_summing_function_is_here() -> None:
     assert {"ema_update", "replace_unused", "kmeans", "kmeans_plus_plus", "curve_init"} <= set(OTHERS)
+
+
+def test_copies_of_zeros_differ(library: Library) -> None:
+    for dtype in ("float32", "float16") if library.float16 else ("float32",):
+        codebook = np.array([[0, 0], [1, 1], [5, 5], [6, 6]], dtype)
+        counts, noise = np.array([9, 0, 0, 0], "f4"), normal(4, 4).astype("f4")
+        options = {"jitter": 1e-9, "noise": library.to(noise)}
+        new = library.back(dq.replace_unused(library.to(codebook), library.to(counts), **options).codebook)
+        assert len(np.unique(new, axis=0)) == 4
+
+
+def test_the_inertia_is_that_of_a_codebook_in_sixteen_bits() -> None:
+    z = np.array([[2048], [2050], [2050], [2050]], np.float16)
+    found = dq.kmeans(z, 1, rng=np.random.default_rng(0))
+    assert (float(found.codebook[0, 0]), float(found.inertia)) == (2050.0, 4.0)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_the_indices_given_back_may_be_overwritten(name: str) -> None:
+    library = library_named(name)
+    z, codebook, g = (library.to(normal(n, D).astype("f4")) for n in (N, K, N))
+    for estimator in (dq.DiVeQDetach(), dq.Rotation(), dq.Radial(dq.Power(2.0))):
+        out, pullback = dq.vjp(z, codebook, estimator)
+        before = [library.back(x).copy() for x in pullback(g)]
+        out.indices[...] = -1
+        for found, want in zip(pullback(g), before, strict=True):
+            np.testing.assert_array_equal(library.back(found), want)

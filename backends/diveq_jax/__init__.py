@@ -64,7 +64,7 @@ class JaxBackend(Backend):
                 f"rng=jax.random.key(seed), got neither"
             )
         _check_key(function, rng)
-        return jax.random.normal(rng, z.shape, z.dtype)
+        return sharding.placed_like(jax.random.normal(rng, z.shape, z.dtype), z)
 
     def streams(self, function: str, rng: Any, count: int) -> list[Any]:
         if rng is None:
@@ -87,9 +87,16 @@ class JaxBackend(Backend):
     def row_keys(self, codebook: jax.Array) -> jax.Array:
         # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.
         bits = jax.lax.bitcast_convert_type(codebook + 0.0, jnp.uint32).reshape(codebook.shape[0], -1)
-        numbers = jnp.arange(1, bits.shape[1] + 1, dtype=jnp.uint32)
-        odd = numbers * jnp.uint32(2654435769) | jnp.uint32(1)
-        return jnp.sum(bits * odd[None, :], axis=1, dtype=jnp.uint32)
+        numbers = 2 * jnp.arange(bits.shape[1], dtype=jnp.uint32)[None, :]
+
+        def key(odd: int) -> jax.Array:
+            mixed = bits * (numbers + jnp.uint32(odd))
+            # Bits of few patterns, of signs say, would meet in a sum that is linear in them.
+            return jnp.sum((mixed ^ (mixed >> 15)) * jnp.uint32(0x846CA68B), axis=1, dtype=jnp.uint32)
+
+        # Of 32 bits one would meet another by chance among some ten thousand codewords.
+        first, second = (self.first_equal(key(odd)).astype(jnp.uint32) for odd in (0x9E3779B9, 0x7FEB352D))
+        return first * jnp.uint32(codebook.shape[0]) + second
 
     def take_rows(self, codebook: jax.Array, indices: jax.Array) -> jax.Array:
         return sharding.take_rows(codebook, indices)

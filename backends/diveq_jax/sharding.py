@@ -35,6 +35,12 @@ def by_device(function: Callable[..., Any], *arrays: jax.Array, specs: tuple[Any
     return jax.shard_map(function, mesh=meshes[0], in_specs=specs, out_specs=out, axis_names=axes)(*placed)
 
 
+def placed_like(x: jax.Array, model: jax.Array) -> jax.Array:
+    """The array, over the explicit axes over which the model lies."""
+    kind = jax.typeof(model).sharding
+    return jax.sharding.reshard(x, NamedSharding(kind.mesh, kind.spec)) if any(kind.spec) else x
+
+
 def take_rows(codebook: jax.Array, indices: jax.Array) -> jax.Array:
     """``codebook[indices]``; a negative index gives a row of NaN."""
 

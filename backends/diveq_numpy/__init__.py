@@ -100,8 +100,11 @@ class NumPyBackend(Backend):
             return super().row_keys(codebook)
         # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.
         bits = np.ascontiguousarray(codebook + 0.0).view(f"u{codebook.dtype.itemsize}")
-        numbers = np.arange(1, codebook.shape[1] + 1, dtype=np.uint64)
-        return bits.astype(np.uint64) @ (numbers * np.uint64(0x9E3779B97F4A7C15))
+        odd = 2 * np.arange(codebook.shape[1], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = bits * odd
+        # Bits of few patterns, of signs say, would meet in a sum that is linear in them.
+        mixed ^= mixed >> np.uint64(29)
+        return (mixed * np.uint64(0xBF58476D1CE4E5B9)).sum(axis=1)
 
     def search(self, z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
         return nearest_rows(self, z, codebook)

@@ -147,8 +147,10 @@ class TorchBackend(Backend):
     def row_keys(self, codebook: torch.Tensor) -> torch.Tensor:
         # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.
         bits = (codebook + 0.0).view(torch.int64 if codebook.dtype == torch.float64 else torch.int32)
-        numbers = torch.arange(1, codebook.shape[1] + 1, device=codebook.device)
-        return (bits.to(torch.int64) * (numbers * -7046029254386353131)).sum(dim=1)
+        odd = 2 * torch.arange(codebook.shape[1], device=codebook.device) - 7046029254386353131
+        mixed = bits.to(torch.int64) * odd
+        # Bits of few patterns, of signs say, would meet in a sum that is linear in them.
+        return ((mixed ^ (mixed >> 29)) * -4658895280553007687).sum(dim=1)
 
     def search(self, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         return nearest_rows(z.detach(), codebook.detach())

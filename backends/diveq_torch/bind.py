@@ -37,6 +37,8 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Any) -> tuple[Any, ...]:
         g_z, g_codebook = ctx.rule.pullback(*ctx.saved_tensors, g)
+        # Torch accumulates in place into what it is given here, which may be the caller's own.
+        g_z = g_z.clone() if g_z is g else g_z
         return None, None, g_z, g_codebook, None, None
 
 

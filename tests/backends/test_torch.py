@@ -1019,3 +1019,12 @@ def test_the_search_multiplies_in_full_float32_and_leaves_the_setting(precision,
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("estimator", [dq.STE(), dq.DiVeQDetach()], **IDS)
+def test_the_cotangent_stays_the_callers(estimator):
+    z, codebook, g = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4), torch.ones(6, 4)
+    z_q = dq.quantize(z, codebook, estimator).z_q
+    for _ in range(2):
+        z_q.backward(g, retain_graph=True)
+    assert_equal(g, torch.ones(6, 4))
