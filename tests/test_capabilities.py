@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 WRITTEN = PAGE.read_text(encoding="utf-8")
 
-# Words of the cells, what one derives from, and what is given to a call rather than called.
-NO_ROW = {"quantize", "vjp", "jvp", "decode", "Backend", "Composite", "Estimator", "Radius", "register"}
+# Words of the cells, what one derives from, what is given to a call rather than called, and what takes no array.
+NO_ROW = {
+    *("quantize", "vjp", "jvp", "decode", "Backend", "Composite", "Estimator", "Radius", "register"),
+    *("optional_kernels", "set_optional_kernels"),
+}
 
 
 @pytest.mark.parametrize("name", ROWS)
