@@ -245,9 +245,13 @@ class Backend:
         numbers = xp.arange(1, codebook.shape[1] + 1, **self.place(codebook))
         # Any direction serves that no symmetry of real codebooks shares; a short one lets no sum overflow.
         direction = xp.sin(xp.astype(numbers, codebook.dtype) * 12.9898) / codebook.shape[1]
-        # Less the first row, since rounding would hide small differences of large entries.
-        apart = codebook * 0.25 - codebook[:1, :] * 0.25
-        return xp.sum(apart * direction[None, :], axis=1)
+
+        def key(x: Array) -> Array:
+            return self.as_indices(self.first_equal(xp.sum(x * direction[None, :], axis=1)))
+
+        # Less the first row besides, since rounding hides small differences of large entries.
+        plain, apart = key(codebook), key(codebook * 0.25 - codebook[:1, :] * 0.25)
+        return plain * codebook.shape[0] + apart
 
     def take_rows(self, codebook: Array, indices: Array) -> Array:
         """``codebook[indices]``, (N,) -> (N, D); a negative index gives a row of NaN."""

@@ -186,6 +186,6 @@ def marked(
     if isinstance(estimator, Composite):
         return estimator.marked(lib, function, indices, width)
     xp = lib.xp
-    lost = indices < 0
+    lost = indices == -1
     entries = xp.broadcast_to(xp.expand_dims(lost, axis=-1), (*indices.shape, width))
     return entries, xp.where(lost, xp.zeros_like(indices), indices)

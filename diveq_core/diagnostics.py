@@ -218,6 +218,8 @@ def perplexity(counts: Array, /) -> Array:
     """
     lib, counts = _checked_counts("perplexity", counts)
     xp = lib.xp
+    # A power of two changes no proportion, and the sum of large counts may overflow.
+    counts = xp.where(xp.isfinite(xp.sum(counts)), counts, counts * 2.0**-64)
     total = xp.sum(counts)
     p = counts / one_where(lib, total == 0, total)
     effective = xp.exp(-xp.sum(p * xp.log(one_where(lib, p == 0, p))))

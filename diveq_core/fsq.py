@@ -215,7 +215,7 @@ def fsq_decode(indices: Array, levels: Sequence[int], /, *, dtype: Any = None) -
     levels_, places = (row_of(lib, x, indices.dtype, indices) for x in (levels, _places(levels)))
     digits = indices // places % levels_
     z_q = lib.astype(level_of(lib, digits, levels, lib.compute_dtype(dtype)), dtype)
-    return lib.nan_where(indices < 0, z_q)
+    return lib.nan_where((indices < 0) | (indices >= math.prod(levels)), z_q)
 
 
 class _Call:

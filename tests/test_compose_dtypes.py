@@ -356,3 +356,11 @@ def test_a_residual_codebook_in_sixteen_bits_decodes_to_what_wider_vectors_gave(
         decoded = dq.decode(out.indices, narrow, dq.Residual(dq.STE(), 4))
     assert decoded.dtype == out.z_q.dtype
     np.testing.assert_array_equal(library.back(decoded), library.back(out.z_q))
+
+
+@pytest.mark.parametrize("name", ["torch", "jax", "mlx", "array_api_strict"])
+def test_only_the_mark_is_a_dropped_stage(name: str) -> None:
+    library = library_named(name)
+    words = library.to(np.arange(8, dtype=np.float32).reshape(2, 2, 2))
+    decoded = library.back(dq.decode(library.to(np.array([[1, -2], [1, -1]])), words, dq.Residual(dq.STE(), 2)))
+    np.testing.assert_array_equal(decoded, [[np.nan] * 2, [2, 3]])

@@ -59,7 +59,9 @@ def ours(z: Any, codebook: Any, g: Any, estimator: dq.Estimator, **options: Any)
     z, codebook = z.clone().requires_grad_(), codebook.clone().requires_grad_()
     z_q = dq.quantize(z, codebook, estimator, **options).z_q
     z_q.backward(g)
-    return [x.detach().numpy() for x in (z_q, z.grad, codebook.grad)]
+    # None where the estimator gives the codebook no gradient.
+    g_codebook = torch.zeros_like(codebook) if codebook.grad is None else codebook.grad
+    return [x.detach().numpy() for x in (z_q, z.grad, g_codebook)]
 
 
 def theirs(z: Any, module: Any, parameter: Any, g: Any) -> tuple[list[np.ndarray], Any]:

@@ -341,6 +341,20 @@ def test_rows_whose_keys_meet_by_chance(monkeypatch: pytest.MonkeyPatch):
     np.testing.assert_array_equal(first_copies(backend, codebook), [0, 1, 1, 0, 4, 1])
 
 
+@pytest.mark.parametrize("name", ["array_api_strict", "mlx", "jax"])
+def test_first_copies_beside_a_far_codeword_and_among_many(name: str):
+    from diveq_core.registry import backend_of
+    from diveq_core.search import first_copies
+
+    library, rng = library_named(name), np.random.default_rng(0)
+    for count in (400, 131071) if name == "jax" else (400,):
+        codebook = rng.standard_normal((count, 3)).astype(np.float32)
+        codebook[0] = 1e8
+        codebook[-200:] = codebook[1:201]
+        found = library.back(first_copies(backend_of("test", x=library.to(codebook)), library.to(codebook)))
+        np.testing.assert_array_equal(found[-200:], np.arange(1, 201))
+
+
 class TestOption:
     def test_it_turns_faiss_off(self, monkeypatch: pytest.MonkeyPatch):
         faiss = pytest.importorskip("faiss")

@@ -96,7 +96,10 @@ class JaxBackend(Backend):
 
         # Of 32 bits one would meet another by chance among some ten thousand codewords.
         first, second = (self.first_equal(key(odd)).astype(jnp.uint32) for odd in (0x9E3779B9, 0x7FEB352D))
-        return first * jnp.uint32(codebook.shape[0]) + second
+        if codebook.shape[0] <= 1 << 16:
+            return first * jnp.uint32(codebook.shape[0]) + second
+        mixed = first * jnp.uint32(0x9E3779B9)
+        return (mixed ^ (mixed >> 15)) * jnp.uint32(0x846CA68B) + second * jnp.uint32(0x7FEB352D)
 
     def take_rows(self, codebook: jax.Array, indices: jax.Array) -> jax.Array:
         return sharding.take_rows(codebook, indices)

@@ -32,6 +32,8 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
         and x.device.type == "cpu"
         and not (recording and x.requires_grad)
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        # Of vmap as torch.autograd.functional has it.
+        and not torch._C._functorch.is_legacy_batchedtensor(x)
         for x in tensors
     )
 
@@ -105,6 +107,8 @@ class TorchBackend(Backend):
         return torch.randn(z.shape, generator=rng, dtype=z.dtype, device=z.device)
 
     def matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.device.type == "meta":  # which has no autocast
+            return torch.matmul(a, b)
         with torch.autocast(a.device.type, enabled=False):
             return torch.matmul(a, b)
 

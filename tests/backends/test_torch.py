@@ -1028,3 +1028,15 @@ def test_the_cotangent_stays_the_callers(estimator):
     for _ in range(2):
         z_q.backward(g, retain_graph=True)
     assert_equal(g, torch.ones(6, 4))
+
+
+@pytest.mark.parametrize("estimator", [dq.DiVeQDetach(), dq.SFDiVeQDetach()], **IDS)
+def test_jacobians_by_the_older_vmap(estimator):
+    z, codebook = torch.randn(6, 3), torch.randn(4, 3)
+    noise = dq.CurveNoise(torch.rand(3)) if isinstance(estimator, dq.SFDiVeQDetach) else None
+
+    def f(codebook):
+        return dq.quantize(z, codebook, estimator, noise=noise).z_q
+
+    by_rows = torch.autograd.functional.jacobian(f, codebook)
+    assert_equal(torch.autograd.functional.jacobian(f, codebook, vectorize=True), by_rows, **CLOSE)
