@@ -347,7 +347,7 @@ def test_first_copies_beside_a_far_codeword_and_among_many(name: str):
     from diveq_core.search import first_copies
 
     library, rng = library_named(name), np.random.default_rng(0)
-    for count in (400, 131071) if name == "jax" else (400,):
+    for count in (500, 131071) if name == "jax" else (500,):
         codebook = rng.standard_normal((count, 3)).astype(np.float32)
         codebook[0] = 1e8
         codebook[-200:] = codebook[1:201]
