@@ -270,6 +270,7 @@ def test_faiss_is_not_asked_twice_for_what_it_cannot_tell(monkeypatch: pytest.Mo
     faiss = pytest.importorskip("faiss")
     asked = []
     knn = faiss.knn
+    monkeypatch.setattr("diveq_numpy.search._FUSED_ENTRIES", 1024 * 8)
     monkeypatch.setattr(faiss, "knn", lambda y, e, k: asked.append(len(y)) or knn(y, e, k))
     rng = np.random.default_rng(0)
     codebook = rng.standard_normal((100, 8), dtype=np.float32)
@@ -278,7 +279,7 @@ def test_faiss_is_not_asked_twice_for_what_it_cannot_tell(monkeypatch: pytest.Mo
     assert sum(asked) == 5000
     asked.clear()
     dq.nearest(far, codebook)
-    # A first part of it, and the rest by the product.
+    # A first block, and the rest by the product.
     assert sum(asked) == 1024
 
 
