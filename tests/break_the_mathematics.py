@@ -727,8 +727,8 @@ MUTANTS = (
     Mutant(
         "curve: position not clipped",
         CURVE_MODULE,
-        "within(lib, lib.dot(d, step) / one_where(lib, squared == 0, squared), 0.0, 1.0)",
-        "lib.dot(d, step) / one_where(lib, squared == 0, squared)",
+        "return within(lib, t, 0.0, 1.0)[:, 0]",
+        "return t[:, 0]",
         "test_space_filling.py projection",
     ),
     Mutant(
