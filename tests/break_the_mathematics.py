@@ -109,11 +109,31 @@ CURVE = "test_space_filling.py torch or dithered"
 TORCH_BIND, JAX_BIND = "backends/diveq_torch/bind.py", "backends/diveq_jax/bind.py"
 G_Q = "        g_q = u.times(w.dot(lib, g))\n"
 W = "        w = self.w(lib, d, u, noise).stopped(lib)\n"
+# What a derivative of STE's by the codebook would be, if it had one.
+STE_BODY = """        return type(self) is STE
+
+    @property
+    def trains_codebook(self) -> bool:
+        return type(self) is not STE
+
+    def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
+        return g, None
+
+    def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
+        return dz
+"""
+STE_TRAINED = STE_BODY.replace("type(self) is STE", "False").replace("type(self) is not STE", "True")
 MUTANTS = (
     # Pullbacks
     Mutant("STE: g_z is -g", ESTIMATORS, "return g, None", "return -g, None", verbs("STE")),
     Mutant("STE: g_z halved", ESTIMATORS, "return g, None", "return g / 2, None", verbs("STE")),
-    Mutant("STE: the codebook gets g too", ESTIMATORS, "return g, None", "return g, g", verbs("STE")),
+    Mutant(
+        "STE: the codebook gets g too",
+        ESTIMATORS,
+        STE_BODY,
+        STE_TRAINED.replace("return g, None", "return g, g"),
+        verbs("STE"),
+    ),
     Mutant("distance: sign of g_q", ESTIMATORS, G_Q, G_Q.replace("w.dot", "-w.dot"), verbs("DiVeQ or NSVQ")),
     Mutant("distance: <g, u> for <g, w>", ESTIMATORS, G_Q, G_Q.replace("w.dot", "u.dot"), verbs("DiVeQ or NSVQ")),
     Mutant("distance: g_q along w", ESTIMATORS, G_Q, G_Q.replace("u.times", "w.times"), verbs("DiVeQ or NSVQ")),
@@ -143,7 +163,7 @@ MUTANTS = (
         "test_second_order.py extreme and Power",
     ),
     # Pushforwards
-    Mutant("STE: tangent of q", ESTIMATORS, "        return dz\n", "        return dq\n", verbs("STE")),
+    Mutant("STE: tangent of q", ESTIMATORS, STE_BODY, STE_TRAINED.replace("return dz", "return dq"), verbs("STE")),
     Mutant("distance: dq + dz", ESTIMATORS, "u.dot(lib, dq - dz)", "u.dot(lib, dq + dz)", verbs("DiVeQ")),
     Mutant(
         "distance: tangent along u",
@@ -451,7 +471,7 @@ MUTANTS = (
         "diveq_core/backend.py",
         'self.xp.float64 if dtype == getattr(self.xp, "float64", None) else self.xp.float32',
         "self.xp.float32",
-        verbs("DiVeQ or Power"),
+        verbs("DiVeQ or Power", "strict"),
     ),
     Mutant(
         "torch: mixed dtypes give that of z",
