@@ -1,36 +1,39 @@
 """Differentiable vector quantization for every array library."""
 
-from diveq_core.backend import Backend
-from diveq_core.call import Quantized
-from diveq_core.codebook import EMAState, ema_init, ema_update
-from diveq_core.compose import Composite
-from diveq_core.cosine import nearest_cosine, normalize, normalize_jvp, normalize_vjp
-from diveq_core.curve import Projected, decode_curve, project
-from diveq_core.curve_init import curve_init
-from diveq_core.custom_radius import CustomRadius
-from diveq_core.decoding import decode, lookup
-from diveq_core.diagnostics import coefficient, equivalent_loss, perplexity, positive_share, usage, used_share
-from diveq_core.estimators import NSVQ, STE, DiVeQ, DiVeQDetach, Estimator, Radial
-from diveq_core.fsq import fsq, fsq_decode, fsq_jvp, fsq_vjp
-from diveq_core.gumbel import GumbelST, gumbel_jvp, gumbel_quantize, gumbel_vjp
-from diveq_core.kmeans import KMeans, kmeans, kmeans_plus_plus
-from diveq_core.linear import (
+from diveq_core.arrays.backend import Backend
+from diveq_core.arrays.registry import register
+from diveq_core.codebook.averages import EMAState, ema_init, ema_update
+from diveq_core.codebook.clustering import KMeans, kmeans, kmeans_plus_plus
+from diveq_core.codebook.first_curve import curve_init
+from diveq_core.codebook.linear import (
     LinearCodebook,
     linear_codebook,
     linear_codebook_init,
     linear_codebook_jvp,
     linear_codebook_vjp,
 )
+from diveq_core.codebook.replacement import Replaced, replace_unused
+from diveq_core.curve import Projected, decode_curve, project
+from diveq_core.diagnostics import coefficient, equivalent_loss, perplexity, positive_share, usage, used_share
+from diveq_core.directions import nearest_cosine, normalize, normalize_jvp, normalize_vjp
+from diveq_core.estimators.base import Estimator
+from diveq_core.estimators.call import Quantized
+from diveq_core.estimators.composite import Composite
+from diveq_core.estimators.custom_radius import CustomRadius
+from diveq_core.estimators.distance import NSVQ, DiVeQ, DiVeQDetach
+from diveq_core.estimators.fsq import fsq, fsq_decode, fsq_jvp, fsq_vjp
+from diveq_core.estimators.gumbel import GumbelST, gumbel_jvp, gumbel_quantize, gumbel_vjp
+from diveq_core.estimators.product import Product
+from diveq_core.estimators.radial import Radial
+from diveq_core.estimators.radii import Cosine, Mahalanobis, PNorm, Power, PseudoHuber, Radius
+from diveq_core.estimators.residual import Residual
+from diveq_core.estimators.rotation import Rotation
+from diveq_core.estimators.space_filling import CurveNoise, SFDiVeQ, SFDiVeQDetach
+from diveq_core.estimators.straight_through import STE
 from diveq_core.losses import codebook_loss, codebook_loss_vjp, commitment_loss, commitment_loss_vjp
 from diveq_core.options import optional_kernels, set_optional_kernels
-from diveq_core.product import Product
-from diveq_core.quantize import jvp, nearest, quantize, vjp
-from diveq_core.radius import Cosine, Mahalanobis, PNorm, Power, PseudoHuber, Radius
-from diveq_core.registry import register
-from diveq_core.replacement import Replaced, replace_unused
-from diveq_core.residual import Residual
-from diveq_core.rotation import Rotation
-from diveq_core.space_filling import CurveNoise, SFDiVeQ, SFDiVeQDetach
+from diveq_core.tokens import decode, lookup, nearest
+from diveq_core.verbs import jvp, quantize, vjp
 
 __version__ = "0.1.0"
 

@@ -23,7 +23,7 @@ def main() -> None:
             f'diveq_core: the commands need {", ".join(missing)}, not installed here: pip install "diveq-core[cli]"\n'
         )
         sys.exit(2)
-    from diveq_core.cli import app
+    from diveq_core.commands.cli import app
 
     app(prog_name="python -m diveq_core")
 

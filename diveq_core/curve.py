@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from diveq_core._array import Array, one_where, row_scale, within
-from diveq_core.checks import (
+from diveq_core.arrays.checks import (
     check_codebook,
     check_floating,
     check_pair,
@@ -18,12 +17,13 @@ from diveq_core.checks import (
     flat_rows,
     refuse_not_finite,
 )
-from diveq_core.registry import backend_of, quiet
-from diveq_core.search import frame, framed, framed_rows, rows_per_chunk
-from diveq_core.space_filling import on_segment
+from diveq_core.arrays.registry import backend_of, quiet
+from diveq_core.arrays.rows import Array, one_where, row_scale, within
+from diveq_core.arrays.search import frame, framed, framed_rows, rows_per_chunk
+from diveq_core.estimators.space_filling import on_segment
 
 if TYPE_CHECKING:
-    from diveq_core.backend import Backend
+    from diveq_core.arrays.backend import Backend
 
 
 class Projected(NamedTuple):

@@ -10,17 +10,17 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from diveq_core._array import one_where
-from diveq_core.checks import check_floating, check_shape, checked_count, checked_indices, flat_rows
-from diveq_core.estimators import Radial
-from diveq_core.registry import backend_of, quiet
+from diveq_core.arrays.checks import check_floating, check_shape, checked_count, checked_indices, flat_rows
+from diveq_core.arrays.registry import backend_of, quiet
+from diveq_core.arrays.rows import one_where
+from diveq_core.estimators.radial import Radial
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core._array import Array
-    from diveq_core.backend import Backend
-    from diveq_core.radius import Radius
+    from diveq_core.arrays.backend import Backend
+    from diveq_core.arrays.rows import Array
+    from diveq_core.estimators.radii import Radius
 
 
 # Indices that are counted in one sum, in float32.

@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from diveq_core._array import one_where
-from diveq_core.checks import check_like, check_pair, check_shape, check_single, checked_indices, flat_rows
-from diveq_core.registry import backend_of, quiet
+from diveq_core.arrays.checks import check_like, check_pair, check_shape, check_single, checked_indices, flat_rows
+from diveq_core.arrays.registry import backend_of, quiet
+from diveq_core.arrays.rows import one_where
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core._array import Array
+    from diveq_core.arrays.rows import Array
 
 
 @quiet

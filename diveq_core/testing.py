@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from diveq_core._array import describe
-from diveq_core.custom_radius import CustomRadius
-from diveq_core.decoding import lookup
-from diveq_core.estimators import Estimator
-from diveq_core.quantize import jvp, vjp
-from diveq_core.registry import backend_of
-from diveq_core.space_filling import SpaceFilling
+from diveq_core.arrays.registry import backend_of
+from diveq_core.arrays.rows import describe
+from diveq_core.estimators.base import Estimator
+from diveq_core.estimators.custom_radius import CustomRadius
+from diveq_core.estimators.space_filling import SpaceFilling
+from diveq_core.tokens import lookup
+from diveq_core.verbs import jvp, vjp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.radius import Radius
+    from diveq_core.estimators.radii import Radius
 
 # N, K, D, common offset, scale. More vectors than codewords repeat indices; vector 0 sits on a codeword.
 _CASES = {

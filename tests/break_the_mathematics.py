@@ -89,20 +89,23 @@ def bound(cases: str, library: str) -> str:
     return f"test_estimators.py differentiates_to_the_same and {library} and ({cases})"
 
 
-ESTIMATORS, RADIUS, ARRAY, RULE = (f"diveq_core/{name}.py" for name in ("estimators", "radius", "_array", "rule"))
+BASE, STRAIGHT, ESTIMATORS, RADIAL, RADIUS, RULE, ROTATION, SPACE_FILLING = (
+    f"diveq_core/estimators/{name}.py"
+    for name in ("base", "straight_through", "distance", "radial", "radii", "rule", "rotation", "space_filling")
+)
+RESIDUAL, PRODUCT, COMPOSE, FSQ, FSQ_RULE, GUMBEL, GUMBEL_RULE = (
+    f"diveq_core/estimators/{name}.py"
+    for name in ("residual", "product", "composite", "fsq", "fsq_rule", "gumbel", "gumbel_rule")
+)
 NUMPY, TORCH, JAX = (f"backends/diveq_{name}/__init__.py" for name in ("numpy", "torch", "jax"))
-ROTATION, SPACE_FILLING = (f"diveq_core/{name}.py" for name in ("rotation", "space_filling"))
-RESIDUAL, PRODUCT = (f"diveq_core/{name}.py" for name in ("residual", "product"))
-CURVE_MODULE, FSQ = (f"diveq_core/{name}.py" for name in ("curve", "fsq"))
-FSQ_RULE, GUMBEL_RULE = (f"diveq_core/{name}.py" for name in ("fsq_rule", "gumbel_rule"))
-GUMBEL = "diveq_core/gumbel.py"
-CUSTOM_RADIUS = "diveq_core/custom_radius.py"
-LOSSES, CODEBOOK, LINEAR = (f"diveq_core/{name}.py" for name in ("losses", "codebook", "linear"))
-COMPOSE, REPLACEMENT = "diveq_core/compose.py", "diveq_core/replacement.py"
-RANKS, SPREAD = "diveq_core/ranks.py", "diveq_core/spread.py"
-KMEANS, COSINE, DIAGNOSTICS = (f"diveq_core/{name}.py" for name in ("kmeans", "cosine", "diagnostics"))
+ARRAY, CURVE_MODULE = "diveq_core/arrays/rows.py", "diveq_core/curve.py"
+CUSTOM_RADIUS = "diveq_core/estimators/custom_radius.py"
+LOSSES, COSINE, DIAGNOSTICS = (f"diveq_core/{name}.py" for name in ("losses", "directions", "diagnostics"))
+CODEBOOK, LINEAR, REPLACEMENT, RANKS, SPREAD, KMEANS = (
+    f"diveq_core/codebook/{name}.py" for name in ("averages", "linear", "replacement", "ranks", "spread", "clustering")
+)
 SEARCH, NUMPY_SEARCH, TORCH_SEARCH = (
-    "diveq_core/search.py",
+    "diveq_core/arrays/search.py",
     *(f"backends/diveq_{n}/search.py" for n in ("numpy", "torch")),
 )
 CURVE = "test_space_filling.py torch or dithered"
@@ -125,11 +128,11 @@ STE_BODY = """        return type(self) is STE
 STE_TRAINED = STE_BODY.replace("type(self) is STE", "False").replace("type(self) is not STE", "True")
 MUTANTS = (
     # Pullbacks
-    Mutant("STE: g_z is -g", ESTIMATORS, "return g, None", "return -g, None", verbs("STE")),
-    Mutant("STE: g_z halved", ESTIMATORS, "return g, None", "return g / 2, None", verbs("STE")),
+    Mutant("STE: g_z is -g", STRAIGHT, "return g, None", "return -g, None", verbs("STE")),
+    Mutant("STE: g_z halved", STRAIGHT, "return g, None", "return g / 2, None", verbs("STE")),
     Mutant(
         "STE: the codebook gets g too",
-        ESTIMATORS,
+        STRAIGHT,
         STE_BODY,
         STE_TRAINED.replace("return g, None", "return g, g"),
         verbs("STE"),
@@ -143,27 +146,27 @@ MUTANTS = (
     Mutant("distance: g_z lacks g", ESTIMATORS, "return g - g_q, g_q", "return -g_q, g_q", verbs("DiVeQDetach")),
     Mutant(
         "radial: sign of the term in g_z",
-        ESTIMATORS,
+        RADIAL,
         "return g + coefficient * to_z",
         "return g - coefficient * to_z",
         verbs("Power or PNorm"),
     ),
     Mutant(
         "radial: the codebook gets z's gradient",
-        ESTIMATORS,
+        RADIAL,
         "coefficient * to_z, coefficient * to_q",
         "coefficient * to_z, coefficient * to_z",
         verbs("Power or Cosine"),
     ),
     Mutant(
         "radial: the power of two not taken back",
-        ESTIMATORS,
+        RADIAL,
         "lib.stop_gradient(log_r)), 1 / k",
         "lib.stop_gradient(log_r)), 1.0",
         "test_second_order.py extreme and Power",
     ),
     # Pushforwards
-    Mutant("STE: tangent of q", ESTIMATORS, STE_BODY, STE_TRAINED.replace("return dz", "return dq"), verbs("STE")),
+    Mutant("STE: tangent of q", STRAIGHT, STE_BODY, STE_TRAINED.replace("return dz", "return dq"), verbs("STE")),
     Mutant("distance: dq + dz", ESTIMATORS, "u.dot(lib, dq - dz)", "u.dot(lib, dq + dz)", verbs("DiVeQ")),
     Mutant(
         "distance: tangent along u",
@@ -182,14 +185,14 @@ MUTANTS = (
     ),
     Mutant(
         "radial: the tangent of z subtracted",
-        ESTIMATORS,
+        RADIAL,
         "(to_q * back, dq) + lib.dot(",
         "(to_q * back, dq) - lib.dot(",
         verbs("Power or Cosine"),
     ),
     Mutant(
         "radial: the tangent of q lost",
-        ESTIMATORS,
+        RADIAL,
         "(lib.dot(to_q * back, dq) + lib.dot(to_z * back, dz))",
         "lib.dot(to_z * back, dz)",
         verbs("Power or Cosine"),
@@ -223,21 +226,21 @@ MUTANTS = (
     ),
     Mutant(
         "radial: the error is held constant",
-        ESTIMATORS,
+        RADIAL,
         "* lib.xp.exp(log_r - lib.stop_gradient(log_r))",
         "* lib.xp.exp(log_r - log_r)",
         second("Power or Cosine"),
     ),
     Mutant(
         "radial: the direction carries gradient",
-        ESTIMATORS,
+        RADIAL,
         "return lib.stop_gradient(d * k) * lib.xp.exp(log_r - lib.stop_gradient(log_r))",
         "return (d * k) * lib.xp.exp(log_r - lib.stop_gradient(log_r))",
         second("Power or Cosine"),
     ),
     Mutant(
         "radial: the ln r form differentiated",
-        ESTIMATORS,
+        RADIAL,
         "coefficient = lib.dot(g, live) * back",
         "coefficient = lib.dot(g, q - z)",
         second("Power or Cosine"),
@@ -468,7 +471,7 @@ MUTANTS = (
     ),
     Mutant(
         "float64 computed in float32",
-        "diveq_core/backend.py",
+        "diveq_core/arrays/backend.py",
         'self.xp.float64 if dtype == getattr(self.xp, "float64", None) else self.xp.float32',
         "self.xp.float32",
         verbs("DiVeQ or Power", "strict"),
@@ -482,14 +485,14 @@ MUTANTS = (
     ),
     Mutant(
         "standard: segments at and above",
-        "diveq_core/segments.py",
+        "diveq_core/arrays/segments.py",
         "xp.expand_dims(numbers, axis=1) == xp",
         "xp.expand_dims(numbers, axis=1) >= xp",
         verbs("DiVeQ", "strict"),
     ),
     Mutant(
         "standard: only the last chunk of a segment sum",
-        "diveq_core/segments.py",
+        "diveq_core/arrays/segments.py",
         "total = total + lib.matmul",
         "total = lib.matmul",
         "test_identities.py across_chunks and strict",
@@ -617,21 +620,21 @@ MUTANTS = (
     ),
     Mutant(
         "the pullback reads the indices late",
-        "diveq_core/quantize.py",
+        "diveq_core/verbs.py",
         "else (lib.snapshot(codebook), lib.snapshot(call.indices))",
         "else (lib.snapshot(codebook), call.indices)",
         "test_upkeep.py indices_given_back",
     ),
     Mutant(
         "the pullback reads the codebook late",
-        "diveq_core/quantize.py",
+        "diveq_core/verbs.py",
         "else (lib.snapshot(codebook), lib.snapshot(call.indices))",
         "else (codebook, lib.snapshot(call.indices))",
         "test_quantize.py was_used and numpy",
     ),
     Mutant(
         "Gumbel: the pullback reads the codebook late",
-        "diveq_core/gumbel.py",
+        "diveq_core/estimators/gumbel.py",
         "words = call.lib.snapshot(codebook)",
         "words = codebook",
         "test_quantize.py other_pullbacks and numpy and gumbel",

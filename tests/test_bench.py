@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 
 import diveq_core as dq
 from conftest import importable, run_python
-from diveq_core.bench import bars, clusterings, command, memory, problem, timing
-from diveq_core.bench.bars import Row, inertia_rows, memory_rows, saved_rows, speed_bars, speed_row
-from diveq_core.bench.comparison import Comparison, compare, lines
-from diveq_core.bench.contenders import CONTENDERS, JOBS, taking_part
-from diveq_core.bench.problem import Problem, UnavailableError, arrays
-from diveq_core.bench.settings import BenchError, Settings
-from diveq_core.bench.timing import Timing, interleave, ratio
-from diveq_core.cli import app
+from diveq_core.commands.bench import bars, clusterings, command, memory, problem, timing
+from diveq_core.commands.bench.bars import Row, inertia_rows, memory_rows, saved_rows, speed_bars, speed_row
+from diveq_core.commands.bench.comparison import Comparison, compare, lines
+from diveq_core.commands.bench.contenders import CONTENDERS, JOBS, taking_part
+from diveq_core.commands.bench.problem import Problem, UnavailableError, arrays
+from diveq_core.commands.bench.settings import BenchError, Settings
+from diveq_core.commands.bench.timing import Timing, interleave, ratio
+from diveq_core.commands.cli import app
 
 TINY = ["--grid", "--n", "48", "--k", "4", "--k", "9", "--d", "3", "--repeats", "2", "--no-memory"]
 PEERS = {"diveq": "diveq", "vector-quantize-pytorch": "vector_quantize_pytorch", "faiss": "faiss", "cdist": "torch"}
@@ -319,8 +319,8 @@ def test_no_library_is_imported_before_it_is_needed():
         """
         import sys
         import diveq_core
-        assert not any(name.startswith("diveq_core.bench") for name in sys.modules)
-        import diveq_core.bench.command
+        assert not any(name.startswith("diveq_core.commands.bench") for name in sys.modules)
+        import diveq_core.commands.bench.command
         print([name for name in ("torch", "jax", "cupy", "faiss", "diveq") if name in sys.modules])
         """
     )

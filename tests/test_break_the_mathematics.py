@@ -34,7 +34,9 @@ def test_a_mutant_that_changes_nothing_is_missed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tests = "test_estimators.py verbs_are_plain and numpy and STE"
-    same = Mutant("the same", "diveq_core/estimators.py", "return g, None", "return g + 0, None", tests)
+    same = Mutant(
+        "the same", "diveq_core/estimators/straight_through.py", "return g, None", "return g + 0, None", tests
+    )
     monkeypatch.setattr(break_the_mathematics, "MUTANTS", [same])
     assert main([]) == 1
     assert "caught 0/1" in capsys.readouterr().out

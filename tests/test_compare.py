@@ -14,18 +14,18 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from conftest import library_named
-from diveq_core._terminal import check_output
-from diveq_core.cli import app
-from diveq_core.compare.adam import Moments, no_moments
-from diveq_core.compare.images import load_images
-from diveq_core.compare.libraries import load_library
-from diveq_core.compare.patches import Patches
-from diveq_core.compare.recipes import DEFAULT, RECIPES
-from diveq_core.compare.replacement import noise_shape, replace
-from diveq_core.compare.report import mean_and_spread
-from diveq_core.compare.scalar import chosen_levels
-from diveq_core.compare.settings import CompareError, Settings
-from diveq_core.compare.training import Experiment, training_step
+from diveq_core.commands.cli import app
+from diveq_core.commands.compare.adam import Moments, no_moments
+from diveq_core.commands.compare.images import load_images
+from diveq_core.commands.compare.libraries import load_library
+from diveq_core.commands.compare.patches import Patches
+from diveq_core.commands.compare.recipes import DEFAULT, RECIPES
+from diveq_core.commands.compare.replacement import noise_shape, replace
+from diveq_core.commands.compare.report import mean_and_spread
+from diveq_core.commands.compare.scalar import chosen_levels
+from diveq_core.commands.compare.settings import CompareError, Settings
+from diveq_core.commands.compare.training import Experiment, training_step
+from diveq_core.commands.terminal import check_output
 
 SMALL = ["--steps", "6", "--warmup", "3", "--batch", "16", "--codewords", "8", "--dim", "3", "--seeds", "2"]
 

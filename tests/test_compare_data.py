@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diveq_core.compare.images import Images, load_images
-from diveq_core.compare.patches import Patches
-from diveq_core.compare.settings import CompareError
+from diveq_core.commands.compare.images import Images, load_images
+from diveq_core.commands.compare.patches import Patches
+from diveq_core.commands.compare.settings import CompareError
 
 
 def pixels(height=12, width=9, channels=3, seed=0):

@@ -142,7 +142,7 @@ def test_large_finite_values_are_not_refused(library: Library):
         (dq.DiVeQ, "builtins.type; call it: an instance is expected"),
         ("DiVeQ", "builtins.str"),
         (None, "builtins.NoneType"),
-        (dq.Power(1.0), "diveq_core.radius.Power"),
+        (dq.Power(1.0), "diveq_core.estimators.radii.Power"),
     ],
     ids=["class", "name", "none", "radius"],
 )

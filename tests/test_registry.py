@@ -7,7 +7,7 @@ import pytest
 
 import diveq_core as dq
 from conftest import Library, library_named, run_python
-from diveq_core import registry
+from diveq_core.arrays import registry
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ def test_a_backend_that_cannot_be_imported_leaves_the_others_alone():
     code = """
         import array_api_strict, numpy as np
         import diveq_core as dq
-        from diveq_core import registry
+        from diveq_core.arrays import registry
 
         registry._load_backends()
         registry._targets["array_api_strict"] = "no_such_module:backend"

@@ -2,7 +2,7 @@
 
 With c the centre of the codebook's frame, the squared distance of the chosen codeword a exceeds that of the nearest b
 by at most ``(2 sqrt(D) + 12) eps (|z - c| + l) l``, l the longer of ``|a - c|`` and ``|b - c|``; see
-`diveq_core.search`. All is measured in extended precision.
+`diveq_core.arrays.search`. All is measured in extended precision.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ def test_equal_codewords_give_the_lowest_index_whatever_their_bits(search: Calla
 
 
 def test_rows_whose_keys_meet_by_chance(monkeypatch: pytest.MonkeyPatch):
-    from diveq_core.search import first_copies
+    from diveq_core.arrays.search import first_copies
     from diveq_numpy import backend
 
     codebook = np.float32([[4, 1], [1, 2], [1, 2], [4, 1], [3, 3], [1, 2]])
@@ -344,8 +344,8 @@ def test_rows_whose_keys_meet_by_chance(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("name", ["array_api_strict", "mlx", "jax"])
 def test_first_copies_beside_a_far_codeword_and_among_many(name: str):
-    from diveq_core.registry import backend_of
-    from diveq_core.search import first_copies
+    from diveq_core.arrays.registry import backend_of
+    from diveq_core.arrays.search import first_copies
 
     library, rng = library_named(name), np.random.default_rng(0)
     for count in (500, 131071) if name == "jax" else (500,):

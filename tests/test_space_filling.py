@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import diveq_core as dq
 from conftest import Library, assert_close, standard_promotion
-from diveq_core.registry import backend_of
+from diveq_core.arrays.registry import backend_of
 from strategies import to_library
 from test_quantize import generators
 

@@ -12,8 +12,8 @@ import pytest
 import diveq_core as dq
 from capability_rows import OTHERS, ROWS, Estimation, listed
 from conftest import Library, float64_in, library_named
-from diveq_core.ranks import Ranks
-from diveq_core.registry import backend_of
+from diveq_core.arrays.registry import backend_of
+from diveq_core.codebook.ranks import Ranks
 from ranks import Simulated, in_threads
 
 K, D, N = 6, 4, 40

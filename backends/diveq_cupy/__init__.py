@@ -8,7 +8,7 @@ import array_api_compat.cupy as cupy_namespace
 import cupy
 import cupyx
 
-from diveq_core.backend import Backend
+from diveq_core.arrays.backend import Backend
 from diveq_cupy.search import nearest_rows
 
 

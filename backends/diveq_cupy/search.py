@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import cupy
 
-from diveq_core import search
+from diveq_core.arrays import search
 
 if TYPE_CHECKING:
-    from diveq_core.backend import Backend
+    from diveq_core.arrays.backend import Backend
 
 SOURCE = r"""
 const int TILE = 128, DEPTH = 16, THREADS = 256, SIDE = 16, PATCH = 8;

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from diveq_core._array import describe, safe_log
-from diveq_core.backend import Backend
+from diveq_core.arrays.backend import Backend
+from diveq_core.arrays.rows import describe, safe_log
 from diveq_jax import sharding
 from diveq_jax.bind import quantize
 from diveq_jax.search import nearest_rows
@@ -16,7 +16,7 @@ from diveq_jax.search import nearest_rows
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.rule import Bindable
+    from diveq_core.estimators.rule import Bindable
 
 
 class JaxBackend(Backend):

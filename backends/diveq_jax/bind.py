@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 if TYPE_CHECKING:
-    from diveq_core.rule import Bindable
+    from diveq_core.estimators.rule import Bindable
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -18,12 +18,12 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pallas_triton
 
-from diveq_core import search
+from diveq_core.arrays import search
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.backend import Backend
+    from diveq_core.arrays.backend import Backend
 
 # Wider, the arithmetic of float32 hides the writing of scores, and the library's product does it faster.
 _WIDEST = 256

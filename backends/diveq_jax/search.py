@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from diveq_core import search
+from diveq_core.arrays import search
+from diveq_core.arrays.registry import backend_of
 from diveq_core.options import optional_kernels
-from diveq_core.registry import backend_of
 from diveq_jax import sharding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.backend import Backend
+    from diveq_core.arrays.backend import Backend
 
 
 @jax.custom_batching.custom_vmap

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from diveq_core._array import describe, safe_log
-from diveq_core.backend import Backend
+from diveq_core.arrays.backend import Backend
+from diveq_core.arrays.rows import describe, safe_log
 from diveq_mlx.bind import quantize
 from diveq_mlx.search import nearest_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.rule import Bindable
+    from diveq_core.estimators.rule import Bindable
 
 
 class MlxBackend(Backend):

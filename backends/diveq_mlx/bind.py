@@ -9,7 +9,7 @@ import mlx.core as mx
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.rule import Bindable
+    from diveq_core.estimators.rule import Bindable
 
 
 def quantize(rule: Bindable, z: mx.array, codebook: mx.array, indices: mx.array, noise: mx.array | None) -> mx.array:

@@ -6,8 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from diveq_core import search
-from diveq_core.registry import backend_of
+from diveq_core.arrays import search
+from diveq_core.arrays.registry import backend_of
 from diveq_mlx.bind import mapped
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diveq_core._array import Direction, in_blocks, lengths_in_range
-from diveq_core.backend import Backend
+from diveq_core.arrays.backend import Backend
+from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range
 from diveq_numpy.search import nearest_rows
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from diveq_core import search
+from diveq_core.arrays import search
 from diveq_core.options import optional_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.backend import Backend
+    from diveq_core.arrays.backend import Backend
 
 # Up to here faiss compares without writing the scores, which are most of the traffic at small D.
 _FUSED_WIDTH = 32

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat.torch as torch_namespace
 import torch
 
-from diveq_core._array import Direction, in_blocks, lengths_in_range, row_scale, safe_log
-from diveq_core.backend import Backend
+from diveq_core.arrays.backend import Backend
+from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, row_scale, safe_log
 from diveq_torch.bind import quantize
 from diveq_torch.search import nearest_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from diveq_core.rule import Bindable
+    from diveq_core.estimators.rule import Bindable
 
 # Entries of a block of rows: 2 MiB in float32, so that temporaries stay in cache and dispatch costs little.
 _BLOCK_ENTRIES = 1 << 19

@@ -14,7 +14,7 @@ from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
-    from diveq_core.rule import Bindable
+    from diveq_core.estimators.rule import Bindable
 
 
 class _Reverse(torch.autograd.Function):

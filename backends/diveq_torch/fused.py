@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from diveq_core import search
+from diveq_core.arrays import search
 
 if TYPE_CHECKING:
-    from diveq_core.backend import Backend
+    from diveq_core.arrays.backend import Backend
 
 _HALF = (torch.float16, torch.bfloat16)
 

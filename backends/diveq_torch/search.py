@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 import diveq_numpy
-from diveq_core import search
+from diveq_core.arrays import search
+from diveq_core.arrays.registry import backend_of
 from diveq_core.options import optional_kernels
-from diveq_core.registry import backend_of
 
 if TYPE_CHECKING:
-    from diveq_core.backend import Backend
+    from diveq_core.arrays.backend import Backend
 
 
 # Wider, the arithmetic of float32 hides the writing of scores, and the library's product does it faster.

@@ -14,7 +14,7 @@ import pytest
 
 import diveq_core as dq
 from conftest import importable, run_python
-from diveq_core import search
+from diveq_core.arrays import search
 from test_search import EPS32, assert_nearest, squared_distances
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ COMPILED = """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from diveq_core import search
+    from diveq_core.arrays import search
     from diveq_torch import fused
 
     def instructions(vectors, codewords, **constants):

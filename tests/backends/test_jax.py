@@ -107,7 +107,7 @@ class TestThePullbackInUse:
             assert_close(gradients, expected, **(CLOSE64 if x64 else CLOSE))
 
     def test_counted_calls(self, monkeypatch):
-        from diveq_core.rule import Rule
+        from diveq_core.estimators.rule import Rule
 
         calls = []
         original = Rule.pullback

@@ -11,7 +11,7 @@ import pytest
 
 import diveq_core as dq
 from conftest import run_python
-from diveq_core.rule import Rule
+from diveq_core.estimators.rule import Rule
 
 torch = pytest.importorskip("torch")
 

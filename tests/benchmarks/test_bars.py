@@ -11,10 +11,10 @@ import math
 import pytest
 from rich.console import Console
 
-from diveq_core.bench import timing
-from diveq_core.bench.bars import memory_rows, saved_rows, speed_bars, speed_row
-from diveq_core.bench.comparison import compare
-from diveq_core.bench.report import bars_table, comparison_table
+from diveq_core.commands.bench import timing
+from diveq_core.commands.bench.bars import memory_rows, saved_rows, speed_bars, speed_row
+from diveq_core.commands.bench.comparison import compare
+from diveq_core.commands.bench.report import bars_table, comparison_table
 
 
 def comparisons_of(bars):

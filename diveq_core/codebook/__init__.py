@@ -1,0 +1,1 @@
+"""Upkeep of a codebook outside of gradient steps, and its beginnings."""

@@ -1,0 +1,217 @@
+r"""Codebooks that are a frozen matrix times a trained one: every codeword moves when any is used.
+
+.. math:: C = E W, \qquad g_W = E^\top g_C, \qquad g_E = g_C W^\top, \qquad dC = dE\,W + E\,dW
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diveq_core.arrays.checks import (
+    check_codebook,
+    check_floating,
+    check_like,
+    check_shape,
+    check_vectors,
+    checked_count,
+)
+from diveq_core.arrays.registry import backend_of, quiet
+from diveq_core.codebook.ranks import Ranks, drawn_noise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core.arrays.backend import Backend
+    from diveq_core.arrays.rows import Array
+
+
+class LinearCodebook(NamedTuple):
+    """The two factors."""
+
+    frozen: Array
+    """E, (K, D), which is not trained."""
+
+    weight: Array
+    """W, (D, D), which is."""
+
+
+@quiet
+def linear_codebook_init(like: Array, count: int, /, *, noise: Array | None = None, rng: Any = None) -> LinearCodebook:
+    r"""Random frozen codewords and the identity.
+
+    .. math:: E_{kj} \sim \mathcal N(0, 1/D), \qquad W = I
+
+    Parameters
+    ----------
+    like : array (..., D)
+        An array, the vectors to quantize say, whose library, dtype, device and width the codebook gets.
+    count : int
+        Size K of the codebook.
+    noise : array (K, D), optional
+        Standard normal numbers; the same noise gives the same codebook in every library.
+    rng : optional
+        The library's own generator, as in `quantize`.
+
+    Returns
+    -------
+    LinearCodebook
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes or shapes do not fit or the count is not positive.
+
+    References
+    ----------
+    Zhu et al., "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer",
+    arXiv:2411.02038 (SimVQ), section 4.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> frozen, weight = dq.linear_codebook_init(np.zeros((5, 2)), 3, rng=np.random.default_rng(0))
+    >>> frozen.shape, weight
+    ((3, 2), array([[1., 0.],
+           [0., 1.]]))
+    """
+    lib = backend_of("linear_codebook_init", like=like)
+    check_floating(lib, "linear_codebook_init", like=like)
+    check_vectors("linear_codebook_init", "like", like)
+    count = checked_count("linear_codebook_init", "count", count)
+    width = like.shape[-1]
+    alone = Ranks(lib, "linear_codebook_init", None)
+    noise = drawn_noise(alone, like, (count, width), noise, rng)
+    identity = lib.xp.eye(width, dtype=noise.dtype, **lib.place(like))
+    return LinearCodebook(lib.astype(noise * width**-0.5, like.dtype), lib.astype(identity, like.dtype))
+
+
+@quiet
+def linear_codebook(frozen: Array, weight: Array, /) -> Array:
+    r"""The codebook of the two factors; differentiable in libraries that differentiate.
+
+    .. math:: C = E W
+
+    Parameters
+    ----------
+    frozen : array (K, D)
+        E. Stop its gradient, or leave it out of the optimizer.
+    weight : array (D, D)
+        W, of the same dtype.
+
+    Returns
+    -------
+    array (K, D)
+        A codebook for `quantize` and all other verbs, multiplied in at least float32.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If libraries, dtypes or shapes do not agree.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.linear_codebook(np.array([[1.0, 2.0]]), np.array([[0.0, 1.0], [1.0, 0.0]]))
+    array([[2., 1.]])
+    """
+    lib = _check_factors("linear_codebook", frozen, weight)
+    return _product(lib, frozen, weight)
+
+
+@quiet
+def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    r"""The codebook and its pullback; works in every library.
+
+    .. math:: g_E = g_C W^\top, \qquad g_W = E^\top g_C
+
+    Parameters
+    ----------
+    frozen, weight
+        As in `linear_codebook`.
+
+    Returns
+    -------
+    codebook : array (K, D)
+    pullback : callable
+        ``pullback(g_codebook)`` takes what the pullback of `vjp` gives, (K, D), and returns ``(g_frozen, g_weight)``,
+        (K, D) and (D, D). Both factors may have been overwritten by then.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `linear_codebook`; ``pullback`` likewise.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> codebook, pullback = dq.linear_codebook_vjp(np.array([[1.0, 2.0]]), np.eye(2))
+    >>> pullback(np.array([[1.0, 0.0]]))[1]
+    array([[1., 0.],
+           [2., 0.]])
+    """
+    lib = _check_factors("linear_codebook_vjp", frozen, weight)
+    product = _product(lib, frozen, weight)
+    frozen, weight = lib.snapshot(frozen), lib.snapshot(weight)
+
+    def pullback(g: Array, /) -> tuple[Array, Array]:
+        check_like(lib, "pullback", "g", g, frozen, "codebook")
+        g = lib.astype(g, frozen.dtype)
+        transposed = lib.xp.permute_dims
+        return _product(lib, g, transposed(weight, (1, 0))), _product(lib, transposed(frozen, (1, 0)), g)
+
+    return product, pullback
+
+
+@quiet
+def linear_codebook_jvp(frozen: Array, weight: Array, dfrozen: Array, dweight: Array, /) -> tuple[Array, Array]:
+    r"""The codebook and its tangent; works in every library.
+
+    .. math:: dC = dE\,W + E\,dW
+
+    Parameters
+    ----------
+    frozen, weight
+        As in `linear_codebook`.
+    dfrozen, dweight : array (K, D), (D, D)
+        Their tangents.
+
+    Returns
+    -------
+    codebook, tangent : array (K, D)
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `linear_codebook`, also for tangents of another library, dtype or shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.linear_codebook_jvp(np.array([[2.0]]), np.array([[3.0]]), np.array([[1.0]]), np.array([[10.0]]))[1]
+    array([[23.]])
+    """
+    lib = _check_factors("linear_codebook_jvp", frozen, weight)
+    for name, x, like in (("dfrozen", dfrozen, frozen), ("dweight", dweight, weight)):
+        check_like(lib, "linear_codebook_jvp", name, x, like, name[1:])
+    by_frozen = _product(lib, lib.astype(dfrozen, frozen.dtype), weight)
+    by_weight = _product(lib, frozen, lib.astype(dweight, weight.dtype))
+    return _product(lib, frozen, weight), by_frozen + by_weight
+
+
+def _product(lib: Backend, a: Array, b: Array) -> Array:
+    wide = lib.compute_dtype(a.dtype)
+    return lib.astype(lib.matmul(lib.astype(a, wide), lib.astype(b, wide)), a.dtype)
+
+
+def _check_factors(function: str, frozen: Array, weight: Array) -> Backend:
+    lib = backend_of(function, frozen=frozen, weight=weight)
+    check_floating(lib, function, frozen=frozen, weight=weight)
+    check_codebook(function, frozen)
+    check_shape(function, "weight", weight, (frozen.shape[1], frozen.shape[1]), "a square of frozen's width")
+    if frozen.dtype != weight.dtype:
+        raise TypeError(f"{function}: weight must have the dtype of frozen, {frozen.dtype}, got {weight.dtype}")
+    return lib

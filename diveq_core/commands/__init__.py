@@ -1,0 +1,1 @@
+"""The command line, ``compare`` and ``bench``: applications of the library."""

@@ -1,0 +1,181 @@
+"""The differentiation rule of one quantization: what a backend binds to its library.
+
+An estimator speaks of rows ``z`` and ``q``; a rule speaks of ``z`` and the codebook. It gathers the chosen
+codewords, calls the estimator in the compute dtype, and gives every cotangent the dtype of its primal.
+Between forward and backward no more is needed than what the derivatives read: everything else is recomputed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core.arrays.backend import Backend
+    from diveq_core.arrays.rows import Array
+    from diveq_core.estimators.base import Estimator
+
+
+class Bindable(Protocol):
+    """What `Backend.bind` needs: hashable, its output (N, ...) differentiable to its first two arguments.
+
+    The forms of the arguments are the rule's own: `Rule` says what they are for an estimator.
+    """
+
+    @property
+    def constant(self) -> bool:
+        """Whether the derivatives read none of the inputs, in whose places they then take None."""
+
+    @property
+    def trains_codebook(self) -> bool:
+        """Whether the second argument gets a gradient; if not, its cotangent is None."""
+
+    @property
+    def noise_by_indices(self) -> bool:
+        """Whether the noise is the rule's own, chosen by the indices."""
+
+    def fixed(self, codebook: Array, indices: Array) -> tuple[Array, Array | None]:
+        """What may stand for both where the second gets no gradient, apart from it in memory."""
+
+    def forward(self, z: Array, codebook: Array, indices: Array | None, noise: Any) -> Array: ...
+
+    def pullback(self, z: Any, codebook: Any, indices: Array | None, noise: Any, g: Array) -> tuple[Array, Any]: ...
+
+    def pushforward(
+        self, z: Any, codebook: Any, indices: Array | None, noise: Any, dz: Array, dcodebook: Any
+    ) -> Array: ...
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Forward, pullback and pushforward over ``z`` (N, D), ``codebook`` (K, D), ``indices`` (N,).
+
+    ``noise`` is (N, D), or None for an estimator without. Where ``indices`` is None, the codebook's place is
+    taken by what `gathered` gives, row n's in row n; the codebook then gets no cotangent and has no tangent.
+    """
+
+    lib: Backend
+    estimator: Estimator
+    z_dtype: Any
+    codebook_dtype: Any
+    out_dtype: Any
+    """That of z_q, the result dtype of both."""
+
+    @classmethod
+    def of(cls, lib: Backend, estimator: Estimator, z: Array, codebook: Array) -> Self:
+        """The rule for these dtypes."""
+        return cls(lib, estimator, z.dtype, codebook.dtype, lib.result_dtype(z, codebook))
+
+    @property
+    def constant(self) -> bool:
+        return self.estimator.constant
+
+    @property
+    def trains_codebook(self) -> bool:
+        return self.estimator.trains_codebook
+
+    @property
+    def noise_by_indices(self) -> bool:
+        return False
+
+    def gathered(self, codebook: Array, indices: Array) -> Array:
+        """What the estimator reads of the codebook for each row."""
+        return self.lib.take_rows(codebook, indices)
+
+    def fixed(self, codebook: Array, indices: Array) -> tuple[Array, Array | None]:
+        return self.gathered(codebook, indices), None
+
+    def forward(self, z: Array, codebook: Array, indices: Array | None, noise: Array | None) -> Array:
+        """Output z_q, (N, D)."""
+        lib = self.lib
+        if self.estimator.hard:
+            return lib.astype(codebook if indices is None else lib.take_rows(codebook, indices), self.out_dtype)
+
+        def rows(q: Array, _: Array | None, z: Array, noise: Array | None) -> Array:
+            return lib.astype(self._value(z, q, noise), self.out_dtype)
+
+        return self._by_rows(rows, codebook, indices, z, noise)
+
+    def pullback(
+        self, z: Array | None, codebook: Array | None, indices: Array | None, noise: Array | None, g: Array
+    ) -> tuple[Array, Array | None]:
+        """Cotangents of ``z`` (N, D) and ``codebook`` (K, D), each in its own dtype; None for one that gets none."""
+        lib = self.lib
+        total = None
+        if self.trains_codebook and codebook is not None and indices is not None:
+            total = lib.xp.zeros_like(self._computed(codebook))
+
+        def rows(
+            q: Array | None, indices: Array | None, z: Array | None, noise: Array | None, g: Array | None
+        ) -> Array:
+            nonlocal total
+            g_z, *g_words = self._cotangents(z, q, noise, g)
+            if total is not None:
+                total = self._scattered(total, indices, *g_words)
+            return lib.astype(g_z, self.z_dtype)
+
+        g_z = self._by_rows(rows, codebook, indices, z, noise, g)
+        return g_z, None if total is None else lib.astype(total, self.codebook_dtype)
+
+    def pushforward(
+        self,
+        z: Array | None,
+        codebook: Array | None,
+        indices: Array | None,
+        noise: Array | None,
+        dz: Array,
+        dcodebook: Array | None,
+    ) -> Array:
+        """Tangent of z_q, (N, D)."""
+        lib = self.lib
+
+        def rows(
+            q: Array | None, indices: Array | None, z: Array | None, noise: Array | None, dz: Array | None
+        ) -> Array:
+            dq = None
+            if self.trains_codebook and q is not None:
+                known = dcodebook is not None and indices is not None
+                dq = self._computed(self.gathered(dcodebook, indices)) if known else lib.xp.zeros_like(q)
+            return lib.astype(self._tangent(z, q, noise, dz, dq), self.out_dtype)
+
+        return self._by_rows(rows, codebook, indices, z, noise, dz)
+
+    # By the estimator, in the compute dtype
+
+    def _value(self, z: Array, q: Array, noise: Array | None) -> Array:
+        return self.estimator.forward(self.lib, z, q, noise)
+
+    def _cotangents(self, z: Any, q: Any, noise: Any, g: Any) -> tuple[Array, Any]:
+        """``g_z``, and what `_scattered` takes."""
+        return self.estimator.vjp(self.lib, z, q, noise, g)
+
+    def _scattered(self, total: Array, indices: Array | None, g_q: Array | None) -> Array:
+        """The codebook's cotangent so far, (K, D), and that of some rows."""
+        return total if g_q is None else self.lib.segment_add(total, g_q, indices)
+
+    def _tangent(self, z: Any, q: Any, noise: Any, dz: Any, dq: Any) -> Array:
+        return self.estimator.jvp(self.lib, z, q, noise, dz, dq)
+
+    def _by_rows(
+        self, function: Callable[..., Array], codebook: Array | None, indices: Array | None, *arrays: Array | None
+    ) -> Array:
+        """``function(q, indices, *arrays)``, a block of rows at a time, all but the indices in the compute dtype."""
+
+        def gathering(*arrays: Any) -> Array:
+            *others, indices = arrays
+            q = None if codebook is None else self.gathered(codebook, indices)
+            return function(self._computed(q), indices, *map(self._computed, others))
+
+        def gathered(*arrays: Any) -> Array:
+            *others, q = map(self._computed, arrays)
+            return function(q, None, *others)
+
+        if indices is None:
+            return self.lib.by_rows(gathered, *arrays, codebook)
+        return self.lib.by_rows(gathering, *arrays, indices)
+
+    def _computed(self, x: Any) -> Any:
+        """``x`` in the dtype in which the estimator computes; None stays None."""
+        return None if x is None else self.lib.astype(x, self.lib.compute_dtype(self.out_dtype))

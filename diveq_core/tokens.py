@@ -1,0 +1,187 @@
+"""From vectors to tokens, the indices of codewords, and back."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from diveq_core.arrays.checks import (
+    check_codebook,
+    check_floating,
+    check_pair,
+    checked_indices,
+    flat_rows,
+    refuse_not_finite,
+)
+from diveq_core.arrays.registry import backend_of, quiet
+from diveq_core.arrays.rows import describe
+from diveq_core.estimators.call import check_estimator
+from diveq_core.estimators.composite import Composite
+from diveq_core.estimators.space_filling import SpaceFilling
+
+if TYPE_CHECKING:
+    from diveq_core.arrays.backend import Backend
+    from diveq_core.arrays.rows import Array
+    from diveq_core.estimators.base import Estimator
+
+
+@quiet
+def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -> Array:
+    r"""Index of the nearest codeword; ties go to the lowest index.
+
+    .. math:: i = \arg\min_k \|z - E_k\|
+
+    Parameters
+    ----------
+    z : array (..., D)
+        Vectors in any real floating dtype; float16 and bfloat16 are compared in float32.
+    codebook : array (K, D)
+        Codewords, of the same library as ``z``.
+    check_finite : bool, optional
+        Whether to refuse NaN and infinity. By default NumPy does, where looking is free, and the others do not.
+
+    Returns
+    -------
+    integer array (...)
+        In the library's index dtype. Where nothing was refused, -1 for a vector that is not finite, and for
+        every vector if a codeword is not finite.
+
+    Raises
+    ------
+    TypeError
+        If the arrays are of different libraries or not real floating.
+    ValueError
+        If the shapes do not fit, the codebook is empty, or a value is refused.
+
+    Notes
+    -----
+    Both sides are centred and brought to order one by a power of two before the matrix product, so a
+    common offset or a tiny scale costs no accuracy. With :math:`c` the centre, :math:`\epsilon` the spacing of the
+    compute dtype at 1, a the codeword chosen and b the nearest,
+
+    .. math:: \|z - E_a\|^2 - \|z - E_b\|^2 \le (2\sqrt D + 12)\,\epsilon\,(\|z - c\| + l)\,l, \qquad
+              l = \max(\|E_a - c\|, \|E_b - c\|)
+
+    in every library, whatever kernel searches (see `set_optional_kernels`). Equal codewords give the lowest index.
+    Memory beyond the inputs is a few MiB: no N x K array exists.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.nearest(np.array([[0.2, 0.1], [0.9, 1.2]]), np.array([[0.0, 0.0], [1.0, 1.0]]))
+    array([0, 1])
+    """
+    lib = backend_of("nearest", z=z, codebook=codebook)
+    check_pair(lib, "nearest", z, codebook)
+    refuse_not_finite(lib, "nearest", check_finite, z=z, codebook=codebook)
+    return lib.xp.reshape(lib.search(flat_rows(lib, z), codebook), tuple(z.shape[:-1]))
+
+
+@quiet
+def lookup(indices: Array, codebook: Array, /) -> Array:
+    r"""Codewords of given indices.
+
+    .. math:: q = E_i
+
+    Parameters
+    ----------
+    indices : integer array (...)
+        As `nearest` gives them.
+    codebook : array (K, D)
+
+    Returns
+    -------
+    array (..., D)
+        In the codebook's dtype. An index of -1, the mark of a vector that was not finite, gives NaN.
+
+    Raises
+    ------
+    TypeError
+        If the indices are not integers, or the arrays are of different libraries.
+    ValueError
+        If the codebook is empty, or, in NumPy, an index is outside ``[-1, K)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> dq.lookup(np.array([1, 0]), np.array([[0.0, 0.5], [1.0, 1.5]]))
+    array([[1. , 1.5],
+           [0. , 0.5]])
+    """
+    lib = backend_of("lookup", indices=indices, codebook=codebook)
+    return _rows_of("lookup", lib, indices, codebook)
+
+
+@quiet
+def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /, *, dtype: Any = None) -> Array:
+    r"""Vectors from indices: what a hard estimator's `quantize` gave, exactly if ``dtype`` is that of its ``z_q``.
+
+    .. math:: z_q = E_i
+
+    Parameters
+    ----------
+    indices : integer array (...)
+        As `quantize` gave them: with one axis more for a `Residual` or `Product`.
+    codebook : array (K, D)
+        Or what the `Residual` or `Product` takes.
+    estimator : Estimator, Residual or Product
+        With noise it gives the codeword, which its output was near. None that is space-filling: an index alone does
+        not say where on its segment a vector lies. `project` and `decode_curve` do.
+    dtype : optional
+        The library's floating dtype of the result; the codebook's by default, and at least float32 for a `Residual`,
+        whose sums 16 bits would round. With the dtype of ``z_q`` from `quantize` the result is ``z_q`` bit for bit.
+
+    Returns
+    -------
+    array (..., D)
+        The sum of the stages' codewords for a `Residual`, and those of the groups side by side for a `Product`. An
+        index of -1 gives NaN; in a stage of a `Residual` after the first it marks one that was dropped, and adds
+        nothing.
+
+    Raises
+    ------
+    TypeError
+        If the indices are not integers, the arrays are of different libraries, or the estimator is space-filling.
+    ValueError
+        If shapes do not fit, or, in NumPy, an index is outside ``[-1, K)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> codebooks = np.array([[[0.0, 0.0], [4.0, 4.0]], [[0.0, 0.0], [0.5, -0.5]]])
+    >>> dq.decode(np.array([[1, 1], [0, 1]]), codebooks, dq.Residual(dq.STE(), stages=2))
+    array([[ 4.5,  3.5],
+           [ 0.5, -0.5]])
+    >>> dq.decode(np.array([[1, -1]]), codebooks, dq.Residual(dq.STE(), stages=2))
+    array([[4., 4.]])
+    """
+    lib = backend_of("decode", indices=indices, codebook=codebook)
+    if isinstance(estimator, Composite):
+        check_floating(lib, "decode", codebook=codebook)
+        if dtype is None:
+            dtype = lib.compute_dtype(codebook.dtype) if estimator.sums else codebook.dtype
+        return _floating(lib, estimator.decode(lib, decode, indices, codebook, dtype))
+    check_estimator("decode", estimator)
+    if isinstance(estimator, SpaceFilling):
+        raise TypeError(
+            f"decode: estimator must be one whose output is a codeword, got {describe(estimator)}; use project and "
+            f"decode_curve"
+        )
+    rows = _rows_of("decode", lib, indices, codebook)
+    return rows if dtype is None else _floating(lib, lib.astype(rows, dtype))
+
+
+def _floating(lib: Backend, decoded: Array) -> Array:
+    check_floating(lib, "decode", dtype=decoded)
+    return decoded
+
+
+def _rows_of(function: str, lib: Backend, indices: Array, codebook: Array) -> Array:
+    check_floating(lib, function, codebook=codebook)
+    check_codebook(function, codebook)
+    indices = checked_indices(lib, function, indices, codebook.shape[0])
+    rows = lib.take_rows(codebook, lib.xp.reshape(indices, (math.prod(indices.shape),)))
+    return lib.xp.reshape(rows, (*indices.shape, codebook.shape[1]))
