@@ -21,8 +21,8 @@ from diveq_core.estimators.call import Quantized
 from diveq_core.estimators.composite import Composite
 from diveq_core.estimators.custom_radius import CustomRadius
 from diveq_core.estimators.distance import NSVQ, DiVeQ, DiVeQDetach
-from diveq_core.estimators.fsq import fsq, fsq_decode, fsq_jvp, fsq_vjp
-from diveq_core.estimators.gumbel import GumbelST, gumbel_jvp, gumbel_quantize, gumbel_vjp
+from diveq_core.estimators.fsq import FSQ
+from diveq_core.estimators.gumbel import GumbelST
 from diveq_core.estimators.product import Product
 from diveq_core.estimators.radial import Radial
 from diveq_core.estimators.radii import Cosine, Mahalanobis, PNorm, Power, PseudoHuber, Radius
@@ -38,6 +38,7 @@ from diveq_core.verbs import jvp, quantize, vjp
 __version__ = "0.1.0"
 
 __all__ = [
+    "FSQ",
     "NSVQ",
     "STE",
     "Backend",
@@ -77,13 +78,6 @@ __all__ = [
     "ema_init",
     "ema_update",
     "equivalent_loss",
-    "fsq",
-    "fsq_decode",
-    "fsq_jvp",
-    "fsq_vjp",
-    "gumbel_jvp",
-    "gumbel_quantize",
-    "gumbel_vjp",
     "jvp",
     "kmeans",
     "kmeans_plus_plus",

@@ -153,7 +153,7 @@ def decode_curve(segments: Array, positions: Array, codebook: Array, /) -> Array
     lib = backend_of("decode_curve", segments=segments, positions=positions, codebook=codebook)
     xp = lib.xp
     check_floating(lib, "decode_curve", positions=positions, codebook=codebook)
-    check_codebook("decode_curve", codebook, at_least=2)
+    check_codebook("decode_curve", tuple(codebook.shape), at_least=2)
     segments = checked_indices(lib, "decode_curve", segments, codebook.shape[0] - 1, name="segments", bound="K - 1")
     check_shape("decode_curve", "positions", positions, tuple(segments.shape), "segments")
     _check_positions(lib, positions)

@@ -14,15 +14,11 @@ from diveq_core.arrays.checks import (
     refuse_not_finite,
 )
 from diveq_core.arrays.registry import backend_of, quiet
-from diveq_core.arrays.rows import describe
-from diveq_core.estimators.call import check_estimator
-from diveq_core.estimators.composite import Composite
-from diveq_core.estimators.space_filling import SpaceFilling
+from diveq_core.estimators.base import check_estimator
 
 if TYPE_CHECKING:
-    from diveq_core.arrays.backend import Backend
     from diveq_core.arrays.rows import Array
-    from diveq_core.estimators.base import Estimator
+    from diveq_core.estimators.base import Quantizer
 
 
 @quiet
@@ -111,11 +107,15 @@ def lookup(indices: Array, codebook: Array, /) -> Array:
            [0. , 0.5]])
     """
     lib = backend_of("lookup", indices=indices, codebook=codebook)
-    return _rows_of("lookup", lib, indices, codebook)
+    check_floating(lib, "lookup", codebook=codebook)
+    check_codebook("lookup", tuple(codebook.shape))
+    indices = checked_indices(lib, "lookup", indices, codebook.shape[0])
+    rows = lib.take_rows(codebook, lib.xp.reshape(indices, (math.prod(indices.shape),)))
+    return lib.xp.reshape(rows, (*indices.shape, codebook.shape[1]))
 
 
 @quiet
-def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /, *, dtype: Any = None) -> Array:
+def decode(indices: Array, codebook: Array | None, /, estimator: Quantizer, *, dtype: Any = None) -> Array:
     r"""Vectors from indices: what a hard estimator's `quantize` gave, exactly if ``dtype`` is that of its ``z_q``.
 
     .. math:: z_q = E_i
@@ -124,14 +124,15 @@ def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /,
     ----------
     indices : integer array (...)
         As `quantize` gave them: with one axis more for a `Residual` or `Product`.
-    codebook : array (K, D)
-        Or what the `Residual` or `Product` takes.
+    codebook : array (K, D), or None
+        Or what the `Residual` or `Product` takes; None for `FSQ`.
     estimator : Estimator, Residual or Product
         With noise it gives the codeword, which its output was near. None that is space-filling: an index alone does
         not say where on its segment a vector lies. `project` and `decode_curve` do.
     dtype : optional
-        The library's floating dtype of the result; the codebook's by default, and at least float32 for a `Residual`,
-        whose sums 16 bits would round. With the dtype of ``z_q`` from `quantize` the result is ``z_q`` bit for bit.
+        The library's floating dtype of the result; the codebook's by default (float32 where there is none), and
+        at least float32 for a `Residual`, whose sums 16 bits would round. With the dtype of ``z_q`` from `quantize` the
+        result is ``z_q`` bit for bit.
 
     Returns
     -------
@@ -158,30 +159,16 @@ def decode(indices: Array, codebook: Array, estimator: Estimator | Composite, /,
     >>> dq.decode(np.array([[1, -1]]), codebooks, dq.Residual(dq.STE(), stages=2))
     array([[4., 4.]])
     """
-    lib = backend_of("decode", indices=indices, codebook=codebook)
-    if isinstance(estimator, Composite):
-        check_floating(lib, "decode", codebook=codebook)
-        if dtype is None:
-            dtype = lib.compute_dtype(codebook.dtype) if estimator.sums else codebook.dtype
-        return _floating(lib, estimator.decode(lib, decode, indices, codebook, dtype))
     check_estimator("decode", estimator)
-    if isinstance(estimator, SpaceFilling):
-        raise TypeError(
-            f"decode: estimator must be one whose output is a codeword, got {describe(estimator)}; use project and "
-            f"decode_curve"
-        )
-    rows = _rows_of("decode", lib, indices, codebook)
-    return rows if dtype is None else _floating(lib, lib.astype(rows, dtype))
-
-
-def _floating(lib: Backend, decoded: Array) -> Array:
+    arrays = {} if codebook is None else {"codebook": codebook}
+    lib = backend_of("decode", indices=indices, **arrays)
+    check_floating(lib, "decode", **arrays)
+    shape = None if codebook is None else tuple(codebook.shape)
+    estimator.check("decode", lib, None, shape)
+    indices = checked_indices(lib, "decode", indices, estimator.index_count(shape), bound=estimator.index_bound)
+    if dtype is None:
+        held = lib.xp.float32 if codebook is None else codebook.dtype
+        dtype = lib.compute_dtype(held) if estimator.sums else held
+    decoded = estimator.decode(lib, indices, codebook, dtype)
     check_floating(lib, "decode", dtype=decoded)
     return decoded
-
-
-def _rows_of(function: str, lib: Backend, indices: Array, codebook: Array) -> Array:
-    check_floating(lib, function, codebook=codebook)
-    check_codebook(function, codebook)
-    indices = checked_indices(lib, function, indices, codebook.shape[0])
-    rows = lib.take_rows(codebook, lib.xp.reshape(indices, (math.prod(indices.shape),)))
-    return lib.xp.reshape(rows, (*indices.shape, codebook.shape[1]))

@@ -1,28 +1,28 @@
-"""The public verbs. Each checks its arguments, flattens (..., D) to (N, D), and calls one rule."""
+"""The public verbs: each makes one call of its arguments, and takes from it what it gives."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import check_like, flat_rows
-from diveq_core.arrays.registry import quiet
-from diveq_core.estimators.call import Call, Quantized
-from diveq_core.estimators.composite import Composite
+from diveq_core.arrays.checks import check_floating, check_like, checked_indices, refuse_not_finite
+from diveq_core.arrays.registry import backend_of, quiet
+from diveq_core.estimators.base import check_estimator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core.arrays.backend import Backend
     from diveq_core.arrays.rows import Array
-    from diveq_core.estimators.base import Estimator
+    from diveq_core.estimators.base import Quantizer
+    from diveq_core.estimators.call import Call, Quantized
 
 
 @quiet
 def quantize(
     z: Array,
-    codebook: Array,
-    estimator: Estimator | Composite,
+    codebook: Array | None,
     /,
+    estimator: Quantizer,
     *,
     noise: Any = None,
     rng: Any = None,
@@ -38,14 +38,16 @@ def quantize(
     z : array (..., D)
         Vectors to quantize, for instance an encoder's output. They lie along the last axis, whatever the axes mean:
         move the channels of images (B, C, H, W) there first, and those of ``z_q`` back.
-    codebook : array (K, D)
+    codebook : array (K, D), or None
+        None for `FSQ`, which has none.
     estimator : Estimator, Residual or Product
         `STE`, `NSVQ`, `DiVeQ`, `DiVeQDetach`, `Radial` or `Rotation`; `SFDiVeQ` or `SFDiVeQDetach`, whose indices
-        are those of segments; or several of one by `Residual` or `Product`, which say what shape of codebook, noise
-        and indices they take.
+        are those of segments; `FSQ`, or `GumbelST`, for which ``z`` holds logits; or several of one by `Residual` or
+        `Product`, which say what shape of codebook, noise and indices they take.
     noise : array (..., D) or CurveNoise, optional
         Standard normal numbers in the shape of ``z``; the estimator scales them. The same noise gives the same
-        numbers in every library. Estimators without noise ignore it; space-filling ones take a `CurveNoise`.
+        numbers in every library. Estimators without noise ignore it; space-filling ones take a `CurveNoise`, and
+        `GumbelST` standard Gumbel numbers.
     rng : optional
         The library's own generator, from which noise is drawn if none is given: `numpy.random.Generator`,
         `torch.Generator`, a JAX key, a CuPy generator. Without either, the library's default stream; JAX has none.
@@ -82,21 +84,16 @@ def quantize(
     >>> np.moveaxis(out.z_q, -1, 1).shape, out.indices.shape
     ((2, 3, 8, 8), (2, 8, 8))
     """
-    if isinstance(estimator, Composite):
-        lib = estimator.check("quantize", z, codebook)
-        options = {"noise": noise, "rng": rng, "indices": indices, "check_finite": check_finite}
-        return Quantized(*estimator.quantize(lib, quantize, z, codebook, options))
-    call = Call("quantize", z, codebook, estimator, noise, rng, indices, check_finite)
-    z_q = call.rule.lib.bind(call.rule, call.z, codebook, call.indices, call.noise)
-    return call.quantized(z_q)
+    _, call = _call("quantize", z, codebook, estimator, noise, rng, indices, check_finite)
+    return call.quantize()
 
 
 @quiet
 def vjp(
     z: Array,
-    codebook: Array,
-    estimator: Estimator | Composite,
+    codebook: Array | None,
     /,
+    estimator: Quantizer,
     *,
     noise: Any = None,
     rng: Any = None,
@@ -120,8 +117,9 @@ def vjp(
     out : Quantized
     pullback : callable
         ``pullback(g)`` takes the cotangent of ``z_q``, (..., D), and gives ``(g_z, g_codebook)``, (..., D) and
-        (K, D), in the dtypes of ``z`` and ``codebook``. It may be called any number of times, also after the codebook
-        was overwritten; the other arguments must stay as they were.
+        (K, D), in the dtypes of ``z`` and ``codebook``; None for ``g_codebook`` where there is none.
+        It may be called any number of times, also after the codebook was overwritten; the other arguments must stay
+        as they were.
 
     Raises
     ------
@@ -141,31 +139,15 @@ def vjp(
     array([[1., 0.],
            [0., 0.]])
     """
-    if isinstance(estimator, Composite):
-        lib = estimator.check("vjp", z, codebook)
-        options = {"noise": noise, "rng": rng, "indices": indices, "check_finite": check_finite}
-        parts, pull = estimator.vjp(lib, vjp, z, codebook, options)
-        out = Quantized(*parts)
-    else:
-        call = Call("vjp", z, codebook, estimator, noise, rng, indices, check_finite)
-        lib, rule = call.rule.lib, call.rule
-        out = call.quantized(rule.forward(call.z, codebook, call.indices, call.noise))
+    lib, call = _call("vjp", z, codebook, estimator, noise, rng, indices, check_finite)
+    out, pull = call.vjp()
 
-        # Moving averages may overwrite the codebook before the pullback is called.
-        words, chosen = (None, None) if rule.constant else (lib.snapshot(codebook), lib.snapshot(call.indices))
-
-        def pull(g: Array) -> tuple[Array, Array]:
-            rows = flat_rows(lib, g)
-            g_z, g_codebook = rule.pullback(call.z, words, chosen, call.noise, rows)
-            if g_z is rows:
-                g_z = lib.copy(g_z)
-            if g_codebook is None:
-                g_codebook = lib.xp.zeros_like(codebook)
-            return lib.xp.reshape(g_z, z.shape), g_codebook
-
-    def pullback(g: Array, /) -> tuple[Array, Array]:
+    def pullback(g: Array, /) -> tuple[Array, Any]:
         check_like(lib, "pullback", "g", g, out.z_q, "z_q")
-        return pull(g)
+        g_z, g_codebook = pull(g)
+        if g_codebook is None and codebook is not None:
+            g_codebook = lib.xp.zeros_like(codebook)
+        return g_z, g_codebook
 
     return out, pullback
 
@@ -173,11 +155,11 @@ def vjp(
 @quiet
 def jvp(
     z: Array,
-    codebook: Array,
+    codebook: Array | None,
     dz: Array,
-    dcodebook: Array,
-    estimator: Estimator | Composite,
+    dcodebook: Array | None,
     /,
+    estimator: Quantizer,
     *,
     noise: Any = None,
     rng: Any = None,
@@ -196,7 +178,7 @@ def jvp(
         As in `quantize`.
     dz : array (..., D)
         Tangent of ``z``.
-    dcodebook : array (K, D)
+    dcodebook : array (K, D), or None
         Tangent of ``codebook``, in its shape also where a `Residual` or `Product` takes another one.
 
     Returns
@@ -219,23 +201,37 @@ def jvp(
     >>> tangent
     array([[0., 1.]])
     """
-    if isinstance(estimator, Composite):
-        lib = estimator.check("jvp", z, codebook)
-        _check_tangents(lib, z, codebook, dz, dcodebook)
-        options = {"noise": noise, "rng": rng, "indices": indices, "check_finite": check_finite}
-        parts, tangent_of_parts = estimator.jvp(lib, jvp, z, codebook, dz, dcodebook, options)
-        return Quantized(*parts), tangent_of_parts
-    call = Call("jvp", z, codebook, estimator, noise, rng, indices, check_finite)
-    rule = call.rule
-    _check_tangents(rule.lib, z, codebook, dz, dcodebook)
-    out = call.quantized(rule.forward(call.z, codebook, call.indices, call.noise))
-    rows = flat_rows(rule.lib, dz)
-    tangent = rule.pushforward(call.z, codebook, call.indices, call.noise, rows, dcodebook)
-    if tangent is rows:
-        tangent = rule.lib.copy(tangent)
-    return out, rule.lib.xp.reshape(tangent, out.z_q.shape)
-
-
-def _check_tangents(lib: Backend, z: Array, codebook: Array, dz: Array, dcodebook: Array) -> None:
+    lib, call = _call("jvp", z, codebook, estimator, noise, rng, indices, check_finite)
     check_like(lib, "jvp", "dz", dz, z, "z")
-    check_like(lib, "jvp", "dcodebook", dcodebook, codebook, "codebook")
+    if codebook is not None:
+        check_like(lib, "jvp", "dcodebook", dcodebook, codebook, "codebook")
+    elif dcodebook is not None:
+        raise TypeError("jvp: dcodebook must be None where the codebook is, got an array")
+    return call.jvp(dz, dcodebook)
+
+
+def _call(
+    function: str,
+    z: Array,
+    codebook: Array | None,
+    estimator: Quantizer,
+    noise: Any,
+    rng: Any,
+    indices: Array | None,
+    finite: bool | None,
+) -> tuple[Backend, Call]:
+    """One call of checked arguments: all that does not depend on the parts is looked at here, once."""
+    check_estimator(function, estimator)
+    arrays = {"z": z} if codebook is None else {"z": z, "codebook": codebook}
+    lib = backend_of(function, **arrays)
+    check_floating(lib, function, **arrays)
+    shape = None if codebook is None else tuple(codebook.shape)
+    estimator.check(function, lib, tuple(z.shape), shape)
+    if lib.checks_finite if finite is None else finite:
+        refuse_not_finite(lib, function, True, **estimator.must_be_finite(lib, z, codebook))
+    if indices is not None:
+        backend_of(function, z=z, indices=indices)
+        found = checked_indices(lib, function, indices, estimator.index_count(shape), bound=estimator.index_bound)
+        # They are returned, and what is returned shares no memory with what was given.
+        indices = lib.copy(found) if found is indices else found
+    return lib, estimator.call(function, lib, z, codebook, noise, rng, indices)

@@ -173,19 +173,24 @@ def _auxiliary(g: np.ndarray, z: np.ndarray, q: np.ndarray) -> tuple[np.ndarray,
     return g_z - g, g_q
 
 
+def _to_z(out: Any, pullback: Any) -> tuple[Any, Any]:
+    """Where there is no codebook, the pullback to the vectors alone."""
+    return out, lambda g: pullback(g)[0]
+
+
 OTHERS: dict[str, Row] = {
-    "fsq": Row(
+    "FSQ": Row(
         lambda rng: [normal(rng, N, D)],
-        lambda z: tuple(dq.fsq(z, LEVELS)),
-        lambda z: dq.fsq_vjp(z, LEVELS),
-        lambda z, dz: dq.fsq_jvp(z, dz, LEVELS),
-        lambda z: dq.fsq_decode(dq.fsq(z, LEVELS).indices, LEVELS),
+        lambda z: tuple(dq.quantize(z, None, dq.FSQ(LEVELS))),
+        lambda z: _to_z(*dq.vjp(z, None, dq.FSQ(LEVELS))),
+        lambda z, dz: dq.jvp(z, None, dz, None, dq.FSQ(LEVELS)),
+        lambda z: dq.decode(dq.quantize(z, None, dq.FSQ(LEVELS)).indices, None, dq.FSQ(LEVELS)),
     ),
-    "gumbel_quantize, GumbelST()": Row(
+    "GumbelST()": Row(
         _gumbel,
-        lambda logits, codebook, noise: tuple(dq.gumbel_quantize(logits, codebook, _ST, noise=noise)),
-        lambda logits, codebook, noise: dq.gumbel_vjp(logits, codebook, _ST, noise=noise),
-        lambda logits, codebook, noise, *tangents: dq.gumbel_jvp(logits, codebook, *tangents, _ST, noise=noise),
+        lambda logits, codebook, noise: tuple(dq.quantize(logits, codebook, _ST, noise=noise)),
+        lambda logits, codebook, noise: dq.vjp(logits, codebook, _ST, noise=noise),
+        lambda logits, codebook, noise, *tangents: dq.jvp(logits, codebook, *tangents, _ST, noise=noise),
         to=(0, 1),
     ),
     "codebook_loss": Row(

@@ -153,11 +153,13 @@ def torch_quantized(torch, name, quantizer, own, z, noise):
     auxiliary = torch.zeros(())
     if name == "fsq":
         few = z @ own["fsq.weight_in"] + own["fsq.bias_in"]
-        return dq.fsq(few, quantizer.levels).z_q @ own["fsq.weight_out"] + own["fsq.bias_out"], auxiliary
+        return dq.quantize(few, None, dq.FSQ(quantizer.levels)).z_q @ own["fsq.weight_out"] + own[
+            "fsq.bias_out"
+        ], auxiliary
     if name == "gumbel":
         words = own["codebook"]
         logits = -torch.exp(own["gumbel.log_scale"]) * torch.sum((z[:, None] - words) ** 2, dim=2)
-        return dq.gumbel_quantize(logits, words, quantizer.gumbel, noise=noise["gumbel"]).z_q, auxiliary
+        return dq.quantize(logits, words, quantizer.gumbel, noise=noise["gumbel"]).z_q, auxiliary
     codebook = dq.linear_codebook(own["frozen"].detach(), own["weight"]) if name == "linear" else own["codebook"]
     estimator, drawn = quantizer.estimator, noise.get("normal")
     if name in ("residual", "product"):

@@ -254,8 +254,8 @@ def test_indices_of_any_integer_dtype(dtype: str, library: Library) -> None:
         changed = np.flatnonzero(np.any(library.back(moved) != words[0], axis=1))
         np.testing.assert_array_equal(changed, [3, last])
         levels = [17, 17]
-        want = dq.fsq_decode(np.array([last, 3]), levels)
-        np.testing.assert_array_equal(library.back(dq.fsq_decode(single, levels)), want)
+        want = dq.decode(np.array([last, 3]), None, dq.FSQ(levels))
+        np.testing.assert_array_equal(library.back(dq.decode(single, None, dq.FSQ(levels))), want)
         positions = np.array([0.25, 0.5], "f4")
         want = dq.decode_curve(np.array([last, 3]), positions, words[0])
         np.testing.assert_array_equal(library.back(dq.decode_curve(single, library.to(positions), one)), want)
@@ -274,7 +274,7 @@ def test_truth_values_are_no_indices(library: Library) -> None:
         lambda: dq.usage(single, K),
         lambda: dq.codebook_loss(z, one, single),
         lambda: dq.ema_update(dq.ema_init(one), one, z, single),
-        lambda: dq.fsq_decode(single, [3]),
+        lambda: dq.decode(single, None, dq.FSQ([3])),
         lambda: dq.decode_curve(single, library.to(np.zeros(2, "f4")), one),
     ):
         with pytest.raises(TypeError, match=r"must have an integer dtype, got .*bool"):

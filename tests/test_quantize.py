@@ -458,7 +458,7 @@ def test_what_makes_a_codebook_may_be_overwritten_before_other_pullbacks(name: s
         "commitment_loss": (lambda c: dq.commitment_loss_vjp(to(z), c, to(indices)), [words], one),
         "linear_codebook": (dq.linear_codebook_vjp, [words, weight], words),
         "normalize": (dq.normalize_vjp, [words], words),
-        "gumbel": (lambda c: dq.gumbel_vjp(to(logits), c, dq.GumbelST(), noise=to(logits)), [words], z),
+        "gumbel": (lambda c: dq.vjp(to(logits), c, dq.GumbelST(), noise=to(logits)), [words], z),
     }[function]
     to = np.asarray
     expected = calls(*overwritten)[1](g)

@@ -148,7 +148,7 @@ def test_a_drawn_dither_is_below_one(dtype: type) -> None:
     codebook = np.zeros((50_001, 1), dtype)
     lib = backend_of("test", codebook=codebook)
     rng = np.random.default_rng(0)
-    dither = dq.SFDiVeQDetach().prepare("test", lib, codebook[:1], codebook, None, rng).dither
+    dither = dq.SFDiVeQDetach().draw("test", lib, codebook[:1], codebook, None, rng).dither
     assert dither.shape == (50_000,)
     assert dither.min() >= 0
     assert dither.max() < 1
@@ -160,7 +160,7 @@ def test_the_angle_that_would_be_one_is_below(monkeypatch: pytest.MonkeyPatch) -
     lib = backend_of("test", codebook=codebook)
     # The pair (0, -1), whose angle is pi.
     monkeypatch.setattr(lib, "standard_normal", lambda function, like, rng: like - np.array([0.0, 1.0]))
-    assert dq.SFDiVeQDetach().prepare("test", lib, codebook[:1], codebook, None, None).dither.max() < 1
+    assert dq.SFDiVeQDetach().draw("test", lib, codebook[:1], codebook, None, None).dither.max() < 1
 
 
 SEGMENTS = 2000

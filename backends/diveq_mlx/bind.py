@@ -12,50 +12,54 @@ if TYPE_CHECKING:
     from diveq_core.estimators.rule import Bindable
 
 
-def quantize(rule: Bindable, z: mx.array, codebook: mx.array, indices: mx.array, noise: mx.array | None) -> mx.array:
+def quantize(rule: Bindable, z: mx.array, codebook: Any, indices: Any, noise: Any) -> mx.array:
     """``rule.forward``, differentiable."""
-    operands = (z, codebook, indices) if noise is None else (z, codebook, indices, noise)
-    return _bound(rule)(*operands)
+    operands = (z, codebook, indices, noise)
+    return _bound(rule, tuple(x is not None for x in operands))(*(x for x in operands if x is not None))
 
 
-def _bound(rule: Bindable) -> Callable[..., mx.array]:
+def _bound(rule: Bindable, there: tuple[bool, ...]) -> Callable[..., mx.array]:
+    """``rule.forward`` over those of z, codebook, indices and noise that there are."""
+
+    def whole(operands: Any) -> list[Any]:
+        rest = iter(operands)
+        return [next(rest) if here else None for here in there]
+
     @mx.custom_function
-    def bound(z: Any, codebook: Any, indices: Any, noise: Any = None) -> Any:
-        return rule.forward(z, codebook, indices, noise)
+    def bound(*operands: Any) -> Any:
+        return rule.forward(*whole(operands))
 
     @bound.vjp
     def _(operands: Any, g: Any, _: Any) -> Any:
         # Made of MLX's operations on the operands themselves, so it may itself be differentiated.
-        z, codebook, indices, *noise = operands
-        g_z, g_codebook = rule.pullback(z, codebook, indices, noise[0] if noise else None, g)
-        if g_codebook is None:
-            g_codebook = mx.zeros_like(codebook)
-        return g_z, g_codebook, *map(mx.zeros_like, operands[2:])
+        g_z, g_codebook = rule.pullback(*whole(operands), g)
+        known = [g_z] if g_codebook is None else [g_z, g_codebook]
+        return *known, *map(mx.zeros_like, operands[len(known) :])
 
     @bound.jvp
     def _(operands: Any, tangents: Any) -> Any:
-        z, codebook, indices, *noise = operands
-        dz = mx.zeros_like(z) if tangents[0] is None else tangents[0]
-        return rule.pushforward(z, codebook, indices, noise[0] if noise else None, dz, tangents[1])
+        dz = mx.zeros_like(operands[0]) if tangents[0] is None else tangents[0]
+        return rule.pushforward(*whole(operands), dz, tangents[1] if there[1] else None)
 
     @bound.vmap
     def _(operands: Any, axes: Any) -> Any:
-        return mapped(_bound(rule), operands, axes), 0
+        return mapped(_bound(rule, there), operands, axes, whole=1 if there[1] and there[2] else None), 0
 
     return bound
 
 
-def mapped(function: Callable[..., mx.array], operands: Any, axes: Any) -> mx.array:
-    """``function``, which acts row by row but for its second operand, over a batch that becomes axis 0."""
+def mapped(function: Callable[..., mx.array], operands: Any, axes: Any, whole: int | None = 1) -> mx.array:
+    """``function``, which acts row by row but for one operand, over a batch that becomes axis 0."""
     size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
     # MLX's own rule for vmap would lose the custom derivatives. So the function is called again, on more rows.
     batched = [
         mx.broadcast_to(x, (size, *x.shape)) if axis is None else mx.moveaxis(x, axis, 0)
         for x, axis in zip(operands, axes, strict=True)
     ]
-    if axes[1] is not None:
+    if whole is not None and axes[whole] is not None:
         return mx.stack([function(*(x[i] for x in batched)) for i in range(size)])
     rows = [x.reshape(size * x.shape[1], *x.shape[2:]) for x in batched]
-    rows[1] = operands[1]
+    if whole is not None:
+        rows[whole] = operands[whole]
     out = function(*rows)
     return out.reshape(size, batched[0].shape[1], *out.shape[1:])

@@ -60,9 +60,18 @@ class _Both(_Reverse):
 
 def _read(rule: Any, fixed: bool, z: Any, codebook: Any, indices: Any, noise: Any) -> tuple[Any, ...]:
     """What the derivatives read."""
-    if rule.constant:
-        return None, None, None, None
-    return z, codebook, None if fixed else indices, noise
+    reads, words = rule.reads, _reads_words(rule)
+    return (
+        z if "z" in reads else None,
+        codebook if words else None,
+        indices if words and not fixed else None,
+        noise if "noise" in reads else None,
+    )
+
+
+def _reads_words(rule: Any) -> bool:
+    """Whether the derivatives read codewords, or their number."""
+    return "q" in rule.reads or rule.trains_codebook
 
 
 class _Fixed:
@@ -70,7 +79,7 @@ class _Fixed:
 
     def __init__(self, rule: Any, words: Any, indices: Any, noise: Any) -> None:
         self.rule, self.words, self.indices, self.noise = rule, words, indices, noise
-        self.constant, self.trains_codebook = False, False
+        self.reads, self.trains_codebook = rule.reads - {"q"}, False
 
     def forward(self, z: Any, _codebook: None, _indices: None, noise: Any) -> Any:
         out = self.rule.forward(z, self.words, self.indices, self._noise(noise))
@@ -92,18 +101,19 @@ def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) ->
         if torch._C._are_functorch_transforms_active():
             return _traced(rule, z, codebook, indices, noise)
         if forward_ad._current_level >= 0:
-            (own, dz), (words, dcodebook) = forward_ad.unpack_dual(z), forward_ad.unpack_dual(codebook)
+            own, dz = forward_ad.unpack_dual(z)
+            words, dcodebook = (None, None) if codebook is None else forward_ad.unpack_dual(codebook)
             if dz is not None or dcodebook is not None:
                 moved = _pushed(rule, own, words, indices, noise, dz, dcodebook)
                 return forward_ad.make_dual(_bound(_Reverse, rule, own, words, indices, noise), moved)
-            if not (z.requires_grad or codebook.requires_grad):
+            if not (z.requires_grad or (codebook is not None and codebook.requires_grad)):
                 # Dynamo does not see tangents that come from outside.
                 return _in_operations(rule, z, codebook, indices, noise)
         return _bound(_Reverse, rule, z, codebook, indices, noise)
-    if rule.constant or torch._C._are_functorch_transforms_active() or not _is_fixed(rule, codebook):
+    if not _reads_words(rule) or torch._C._are_functorch_transforms_active() or not _is_fixed(rule, codebook):
         return _bound(_Both, rule, z, codebook, indices, noise)
     with torch.no_grad():
-        words, own = rule.fixed(codebook.detach(), indices)
+        words, own = rule.fixed(_detached(codebook), indices)
         # Chosen by the indices, it belongs to the codewords.
         held = noise if rule.noise_by_indices else None
     given = None if rule.noise_by_indices else _kept(noise)
@@ -111,12 +121,16 @@ def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) ->
 
 
 def _bound(function: Any, rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
-    if rule.constant:
-        return function.apply(rule, False, z, codebook.detach(), indices, noise)
+    if not _reads_words(rule):
+        return function.apply(rule, True, _kept(z) if rule.reads else z, _detached(codebook), indices, noise)
     if not _is_fixed(rule, codebook):
         return function.apply(rule, False, _kept(z), codebook, indices, _kept(noise))
-    words, own = rule.fixed(codebook.detach(), indices)
+    words, own = rule.fixed(_detached(codebook), indices)
     return function.apply(rule, True, z, words, own, _kept(noise))
+
+
+def _detached(x: Any) -> Any:
+    return None if x is None else x.detach()
 
 
 def _is_fixed(rule: Any, codebook: Any) -> bool:
@@ -167,11 +181,11 @@ def _traced(rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
 
 
 def _in_operations(rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
-    inner = [z.detach(), codebook.detach(), indices, None if noise is None else noise.detach()]
+    inner = [z.detach(), _detached(codebook), indices, _detached(noise)]
     return _moved(rule, z, codebook, inner, rule.forward(*inner))
 
 
 def _moved(rule: Any, z: Any, codebook: Any, inner: list[Any], out: Any) -> Any:
-    moved = rule.pushforward(*inner, inner[0] - z, inner[1] - codebook)
+    moved = rule.pushforward(*inner, inner[0] - z, None if codebook is None else inner[1] - codebook)
     # Subtracted, as adding a zero would lose the sign of another one; of what is not finite no zero is left.
     return out - (torch.where((moved == moved) | out.isnan(), moved, 0.0) + 0.0)

@@ -30,11 +30,20 @@ def check_vectors(function: str, name: str, x: Array) -> None:
         raise ValueError(f"{function}: {name} must have shape (..., D) with D >= 1, got {tuple(x.shape)}")
 
 
-def check_codebook(function: str, codebook: Array, *, at_least: int = 1) -> None:
-    """Check that a codebook is (K, D) with K at least so many and D at least 1."""
-    if codebook.ndim != 2 or codebook.shape[0] < at_least or codebook.shape[1] < 1:
+def check_codebook(function: str, codebook: tuple[int, ...], *, at_least: int = 1) -> None:
+    """Check that the shape of a codebook is (K, D) with K at least so many and D at least 1."""
+    if len(codebook) != 2 or codebook[0] < at_least or codebook[1] < 1:
         raise ValueError(
-            f"{function}: codebook must have shape (K, D) with K >= {at_least} and D >= 1, got {tuple(codebook.shape)}"
+            f"{function}: codebook must have shape (K, D) with K >= {at_least} and D >= 1, got {tuple(codebook)}"
+        )
+
+
+def check_width(function: str, z: tuple[int, ...], codebook: tuple[int, ...]) -> None:
+    """Check that shapes are (..., D) and (K, D) of one D."""
+    if len(z) < 1 or z[-1] != codebook[-1]:
+        raise ValueError(
+            f"{function}: z must have shape (..., D) with D = {codebook[-1]} as in the codebook {tuple(codebook)}, "
+            f"got {tuple(z)}"
         )
 
 
@@ -45,18 +54,14 @@ def check_single(function: str, codebook: Array) -> None:
             f"{function}: codebook must have shape (K, D), got {tuple(codebook.shape)}; call it for each stage or "
             f"group, with the vectors that this one quantizes"
         )
-    check_codebook(function, codebook)
+    check_codebook(function, tuple(codebook.shape))
 
 
 def check_pair(lib: Backend, function: str, z: Array, codebook: Array, *, at_least: int = 1) -> None:
     """Check the shapes and dtypes of ``z`` (..., D) and ``codebook`` (K, D)."""
     check_floating(lib, function, z=z, codebook=codebook)
-    check_codebook(function, codebook, at_least=at_least)
-    if z.ndim < 1 or z.shape[-1] != codebook.shape[-1]:
-        raise ValueError(
-            f"{function}: z must have shape (..., D) with D = {codebook.shape[-1]} as in the codebook "
-            f"{tuple(codebook.shape)}, got {tuple(z.shape)}"
-        )
+    check_codebook(function, tuple(codebook.shape), at_least=at_least)
+    check_width(function, tuple(z.shape), tuple(codebook.shape))
 
 
 def check_shape(function: str, name: str, x: Array, shape: tuple[int, ...], like: str) -> None:

@@ -11,9 +11,10 @@ import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diveq_core.arrays.checks import check_floating, check_pair, checked_count, flat_rows
+from diveq_core.arrays.draws import uniform
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import Array, power_of_two, smaller, within
-from diveq_core.codebook.ranks import Ranks, drawn_noise, uniform
+from diveq_core.codebook.ranks import Ranks
 from diveq_core.codebook.spread import each_block, reach_of, spread
 
 if TYPE_CHECKING:
@@ -269,7 +270,7 @@ class _Frame:
         count = checked_count(self.function, "the size of the codebook", count)
         lib, xp, y = self.lib, self.lib.xp, self.y
         trials = 2 + int(math.log(count))
-        positions = uniform(lib, drawn_noise(self.ranks, y, (count, trials, 2), noise, rng))
+        positions = uniform(lib, self.ranks.noise(y, (count, trials, 2), noise, rng))
         rounding = 8 * float(xp.finfo(y.dtype).eps)
         squares = lib.by_rows(lambda y: lib.dot(y, y)[:, 0], y)
 

@@ -15,8 +15,8 @@ from diveq_core.arrays.checks import (
     check_vectors,
     checked_count,
 )
+from diveq_core.arrays.draws import normal
 from diveq_core.arrays.registry import backend_of, quiet
-from diveq_core.codebook.ranks import Ranks, drawn_noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,8 +80,7 @@ def linear_codebook_init(like: Array, count: int, /, *, noise: Array | None = No
     check_vectors("linear_codebook_init", "like", like)
     count = checked_count("linear_codebook_init", "count", count)
     width = like.shape[-1]
-    alone = Ranks(lib, "linear_codebook_init", None)
-    noise = drawn_noise(alone, like, (count, width), noise, rng)
+    noise = normal(lib, "linear_codebook_init", like, (count, width), noise, rng)
     identity = lib.xp.eye(width, dtype=noise.dtype, **lib.place(like))
     return LinearCodebook(lib.astype(noise * width**-0.5, like.dtype), lib.astype(identity, like.dtype))
 
@@ -210,7 +209,7 @@ def _product(lib: Backend, a: Array, b: Array) -> Array:
 def _check_factors(function: str, frozen: Array, weight: Array) -> Backend:
     lib = backend_of(function, frozen=frozen, weight=weight)
     check_floating(lib, function, frozen=frozen, weight=weight)
-    check_codebook(function, frozen)
+    check_codebook(function, tuple(frozen.shape))
     check_shape(function, "weight", weight, (frozen.shape[1], frozen.shape[1]), "a square of frozen's width")
     if frozen.dtype != weight.dtype:
         raise TypeError(f"{function}: weight must have the dtype of frozen, {frozen.dtype}, got {weight.dtype}")

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import check_floating
-from diveq_core.arrays.registry import backend_of
+from diveq_core.arrays.draws import normal, pick
 from diveq_core.arrays.rows import describe, larger, within
 from diveq_core.codebook.spread import each_block
 
@@ -64,6 +63,11 @@ class Ranks:
         if lib.checks_finite and bool(xp.any(xp.isnan(total))) and bool(xp.all(xp.isfinite(x))):
             raise ValueError(f"{self.function}: all_reduce must return sums of what it is given, got NaN")
         return total
+
+    def noise(self, like: Array, shape: tuple[int, ...], noise: Array | None, rng: Any) -> Array:
+        """Noise as `normal` has it; where it is drawn all ranks get the same, whatever their seeds."""
+        found = normal(self.lib, self.function, like, shape, noise, rng)
+        return found if noise is not None else self.agreed(found)
 
     def agreed(self, noise: Array) -> Array:
         """Noise that each rank drew for itself, made one for all.
@@ -159,44 +163,6 @@ class Ranks:
         phase = total * (437.58 / math.sqrt(math.prod(z.shape)))
         place = xp.floor((phase - xp.floor(phase)) * _PLACES)
         return xp.astype(within(lib, place, 0, _PLACES - 1), xp.arange(1, **lib.place(z)).dtype)
-
-
-def pick(lib: Backend, weights: Array, positions: Array) -> Array:
-    """Indices (M,) into weights (N,) at positions (M,) in [0, 1) of their cumulative sum; never one of weight 0."""
-    xp = lib.xp
-    cumulative = lib.cumulative_sum(weights)
-    below_one = 1 - 2 * float(xp.finfo(positions.dtype).eps)
-    inside = within(lib, positions, 0.0, below_one) * cumulative[-1]
-    # Counting the sums not above a position: the first index whose sum is above it.
-    found = lib.searchsorted(cumulative, inside, side="right")
-    return within(lib, found, 0, weights.shape[0] - 1)
-
-
-def drawn_noise(ranks: Ranks, like: Array, shape: tuple[int, ...], noise: Array | None, rng: Any) -> Array:
-    """Standard normal noise of a shape, in the compute dtype and on the device of ``like``.
-
-    Given, it is taken as it is; drawn, all ranks get the same, whatever their seeds.
-    """
-    lib, function = ranks.lib, ranks.function
-    dtype = lib.compute_dtype(like.dtype)
-    if noise is None:
-        zeros = lib.xp.zeros(shape, dtype=dtype, **lib.place(like))
-        return ranks.agreed(lib.standard_normal(function, zeros, rng))
-    backend_of(function, like=like, noise=noise)
-    check_floating(lib, function, noise=noise)
-    if tuple(noise.shape) != shape:
-        raise ValueError(f"{function}: noise must have shape {shape}, got {tuple(noise.shape)}")
-    return lib.astype(lib.stop_gradient(noise), dtype)
-
-
-def uniform(lib: Backend, noise: Array) -> Array:
-    r"""Uniform numbers in [0, 1) from pairs of standard normal ones, (..., 2) -> (...): the pair's angle.
-
-    The array API standard has no random numbers, and this needs no second kind of them.
-    """
-    angle = lib.xp.atan2(noise[..., 0], noise[..., 1])
-    below_one = 1 - 2 * float(lib.xp.finfo(noise.dtype).eps)
-    return within(lib, angle / (2 * math.pi) + 0.5, 0.0, below_one)
 
 
 def finite_rows(lib: Backend, z: Array) -> tuple[Array, Array]:

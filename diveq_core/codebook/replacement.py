@@ -6,10 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diveq_core.arrays.checks import check_floating, check_pair, check_shape, check_single, checked_number, flat_rows
+from diveq_core.arrays.draws import uniform
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import larger, power_of_two
 from diveq_core.codebook.averages import EMAState, check_state
-from diveq_core.codebook.ranks import Ranks, drawn_noise, finite_rows, uniform
+from diveq_core.codebook.ranks import Ranks, finite_rows
 from diveq_core.codebook.spread import spread
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def replace_unused(
         raise ValueError("replace_unused: jitter must be > 0 without z, since exact copies are never chosen, got 0")
     ranks = Ranks(lib, "replace_unused", all_reduce)
     xp, dtype = lib.xp, lib.compute_dtype(codebook.dtype)
-    noise = drawn_noise(ranks, codebook, (count, width + 2), noise, rng)
+    noise = ranks.noise(codebook, (count, width + 2), noise, rng)
 
     codebook = lib.stop_gradient(codebook)
     words, finite = finite_rows(lib, lib.astype(codebook, dtype))

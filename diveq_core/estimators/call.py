@@ -1,18 +1,19 @@
-"""One call of a verb: its arguments checked and flattened, and the rule that they go to."""
+"""One quantization: its arguments known once, and its value, pullback and pushforward from one rule."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from diveq_core.arrays.checks import check_like, check_pair, check_shape, checked_indices, flat_rows, refuse_not_finite
-from diveq_core.arrays.registry import backend_of
-from diveq_core.arrays.rows import Array, describe
-from diveq_core.estimators.base import Estimator
-from diveq_core.estimators.rule import Rule
-from diveq_core.estimators.space_filling import CurveRule, SpaceFilling
+from diveq_core.arrays.checks import flat_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diveq_core.arrays.backend import Backend
+    from diveq_core.arrays.rows import Array
+    from diveq_core.estimators.rule import Bindable
+
+    Pullback = Callable[[Array], tuple[Array, Any]]
 
 
 class Quantized(NamedTuple):
@@ -25,61 +26,68 @@ class Quantized(NamedTuple):
     """Index of the codeword chosen for each vector, (...)."""
 
 
-class Call:
-    """Checked and flattened arguments of one quantization by one estimator."""
+class Call(Protocol):
+    """One quantization, of one part or several."""
 
-    def __init__(
-        self,
-        function: str,
-        z: Array,
-        codebook: Array,
-        estimator: Estimator,
-        noise: Any,
-        rng: Any,
-        indices: Array | None,
-        finite: bool | None,
-    ) -> None:
-        check_estimator(function, estimator)
-        lib = backend_of(function, z=z, codebook=codebook)
-        check_pair(lib, function, z, codebook)
-        refuse_not_finite(lib, function, finite, z=z, codebook=codebook)
-        self.shape = tuple(z.shape)
-        self.rule = Rule.of(lib, estimator, z, codebook)
-        self.z = flat_rows(lib, z)
-        if isinstance(estimator, SpaceFilling):
-            self.rule = CurveRule.of(lib, estimator, z, codebook)
-            drawn = estimator.prepare(function, lib, z, codebook, noise, rng)
-            self.indices = self._chosen(function, indices, estimator.points(lib, codebook, drawn.dither), "K - 1")
-            self.noise = CurveRule.packed(lib, drawn, self.indices, self.z)
-            return
-        if noise is not None:
-            check_like(lib, function, "noise", noise, z, "z")
-        if not estimator.noisy:
-            noise = None
-        elif noise is None:
-            noise = lib.standard_normal(function, z, rng)
-        self.noise = None if noise is None else flat_rows(lib, noise)
-        self.indices = self._chosen(function, indices, codebook, "K")
+    def quantize(self) -> Quantized:
+        """The output, differentiable in libraries that differentiate."""
 
-    def quantized(self, z_q: Array) -> Quantized:
-        """The output in the shape of ``z``."""
-        reshape = self.rule.lib.xp.reshape
-        return Quantized(reshape(z_q, self.shape), reshape(self.indices, self.shape[:-1]))
+    def vjp(self) -> tuple[Quantized, Pullback]:
+        """The output, and the pullback of a checked cotangent to those of z and codebook."""
 
-    def _chosen(self, function: str, indices: Array | None, points: Array, bound: str) -> Array:
-        """The given indices, checked, or those of the nearest points, (N,)."""
-        lib: Backend = self.rule.lib
-        if indices is None:
-            return lib.search(self.z, points)
-        backend_of(function, z=self.z, indices=indices)
-        found = checked_indices(lib, function, indices, points.shape[0], bound=bound)
-        check_shape(function, "indices", found, self.shape[:-1], "z without its last axis")
-        # They are returned, and what is returned shares no memory with what was given.
-        return lib.xp.reshape(lib.copy(found) if found is indices else found, (self.z.shape[0],))
+    def jvp(self, dz: Array, dcodebook: Any) -> tuple[Quantized, Array]:
+        """The output, and its tangent."""
 
 
-def check_estimator(function: str, estimator: object) -> None:
-    """Refuse what is no estimator of one part."""
-    if not isinstance(estimator, Estimator):
-        hint = "; call it: an instance is expected" if isinstance(estimator, type) else ""
-        raise TypeError(f"{function}: estimator must be an Estimator such as DiVeQ(), got {describe(estimator)}{hint}")
+class OneCall(NamedTuple):
+    """A call of one rule."""
+
+    lib: Backend
+    rule: Bindable
+
+    z: Array
+    """Vectors as rows, (N, D)."""
+
+    codebook: Any
+    """What the rule takes in the codebook's place."""
+
+    chosen: Array | None
+    """What the rule takes for the indices."""
+
+    noise: Array | None
+
+    indices: Array
+    """What is returned, (N,)."""
+
+    batch: tuple[int, ...]
+    """The axes of the vectors before the last."""
+
+    def quantize(self) -> Quantized:
+        return self._shaped(self.lib.bind(self.rule, self.z, self.codebook, self.chosen, self.noise))
+
+    def vjp(self) -> tuple[Quantized, Pullback]:
+        lib, rule, z, noise = self.lib, self.rule, self.z, self.noise
+        # Moving averages may overwrite the codebook before the pullback is called.
+        read = "q" in rule.reads or rule.trains_codebook
+        words, chosen = (lib.snapshot(x) if read and x is not None else None for x in (self.codebook, self.chosen))
+
+        def pullback(g: Array) -> tuple[Array, Any]:
+            rows = flat_rows(lib, g)
+            g_z, g_codebook = rule.pullback(z, words, chosen, noise, rows)
+            if g_z is rows:
+                g_z = lib.copy(g_z)
+            return lib.xp.reshape(g_z, (*self.batch, z.shape[1])), g_codebook
+
+        return self._shaped(rule.forward(z, self.codebook, self.chosen, noise)), pullback
+
+    def jvp(self, dz: Array, dcodebook: Any) -> tuple[Quantized, Array]:
+        lib, rows = self.lib, flat_rows(self.lib, dz)
+        out = self._shaped(self.rule.forward(self.z, self.codebook, self.chosen, self.noise))
+        tangent = self.rule.pushforward(self.z, self.codebook, self.chosen, self.noise, rows, dcodebook)
+        if tangent is rows:
+            tangent = lib.copy(tangent)
+        return out, lib.xp.reshape(tangent, tuple(out.z_q.shape))
+
+    def _shaped(self, z_q: Array) -> Quantized:
+        reshape = self.lib.xp.reshape
+        return Quantized(reshape(z_q, (*self.batch, z_q.shape[1])), reshape(self.indices, self.batch))

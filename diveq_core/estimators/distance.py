@@ -2,10 +2,11 @@ r"""The distance family :math:`z_q = z + \rho\,w`: NSVQ, DiVeQ and DiVeQ without
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diveq_core.arrays.rows import Array, Direction, check_option, describe
+from diveq_core.arrays.rows import Array, Direction, check_option
 from diveq_core.estimators.base import Estimator
 
 if TYPE_CHECKING:
@@ -15,9 +16,9 @@ if TYPE_CHECKING:
 class _Distance(Estimator):
     r"""The distance family :math:`z_q = z + \rho\,w` with a fixed unit direction w."""
 
+    @abstractmethod
     def w(self, lib: Backend, d: Array, u: Direction, noise: Array | None) -> Direction:
         """The direction w, through which no derivative flows."""
-        raise TypeError(f"{describe(self)} must define w(lib, d, u, noise)")
 
     def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
         d = q - z

@@ -1,30 +1,36 @@
-r"""Finite scalar quantization: every coordinate bounded and rounded by itself, without a codebook."""
+r"""Finite scalar quantization: every coordinate bounded and rounded by itself, without a codebook.
+
+.. math:: \frac{\partial z_q}{\partial z} = \frac{b'(z)}{\lfloor L/2 \rfloor}, \qquad
+          b'(z) = h\,(1 - \tanh^2(z + \operatorname{artanh}(o / h)))
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import check_floating, check_like, checked_indices, flat_rows, refuse_not_finite
-from diveq_core.arrays.registry import backend_of, quiet
-from diveq_core.arrays.rows import describe
-from diveq_core.estimators.call import Quantized
-from diveq_core.estimators.fsq_rule import FSQRule, level_of, row_of
+from diveq_core.arrays.checks import flat_rows
+from diveq_core.arrays.rows import describe, larger, smaller
+from diveq_core.estimators.base import Estimator
+from diveq_core.estimators.call import OneCall
+from diveq_core.estimators.rule import Rule
+from diveq_core.estimators.scalar import Scalar
 
 if TYPE_CHECKING:
     from diveq_core.arrays.backend import Backend
     from diveq_core.arrays.rows import Array
+    from diveq_core.estimators.call import Call
 
 # How far short of the outermost level the bound stops: epsilon of the paper's code.
 _MARGIN = 1e-3
 
 
-@quiet
-def fsq(z: Array, levels: Sequence[int], /, *, check_finite: bool | None = None) -> Quantized:
-    r"""Bound each coordinate, round it to one of L levels; differentiable in libraries that differentiate.
+@dataclass(frozen=True)
+class FSQ(Scalar):
+    r"""Finite scalar quantization: each coordinate bounded, and rounded to one of L levels.
 
     .. math:: z_q = \frac{1}{\lfloor L/2 \rfloor} \operatorname{round} b(z)
               = \frac{1}{\lfloor L/2 \rfloor} \big(b(z) + \operatorname{sg}[\operatorname{round} b(z) - b(z)]\big)
@@ -36,33 +42,26 @@ def fsq(z: Array, levels: Sequence[int], /, *, check_finite: bool | None = None)
 
     Parameters
     ----------
-    z : array (..., D)
-        Vectors in any real floating dtype; float16 and bfloat16 are computed in float32.
     levels : sequence of D integers
         Number of levels of each coordinate, each >= 3.
-    check_finite : bool, optional
-        Whether to refuse NaN and infinity. By default NumPy does, and the others do not.
-
-    Returns
-    -------
-    Quantized
-        ``z_q`` (..., D), in the dtype of ``z`` and within [-1, 1], and ``indices`` (...), in [0, product of levels):
-        the levels counted from 0 are the digits of a mixed radix, the first coordinate's the lowest. A
-        vector that is not finite gives NaN and -1.
-
-    Raises
-    ------
-    TypeError
-        If ``z`` is not a real floating array, or a level not an integer.
-    ValueError
-        If there are not D levels, one is below 3, their product leaves the index dtype, or a value is refused.
 
     Notes
     -----
+    There is no codebook: the verbs take None in its place, and give None for its gradient. ``z_q`` has the dtype of
+    ``z`` and lies within [-1, 1]. The index lies in [0, product of levels): the levels counted from 0 are the digits of
+    a mixed radix, the first coordinate's the lowest.
+
+    .. math:: z_{q,j} = \frac{m_j}{\lfloor L_j/2 \rfloor} - 1, \qquad
+              m_j = \Big\lfloor i \Big/ \prod_{k < j} L_k \Big\rfloor \bmod L_j
+
+    In a `Residual` vectors are bounded once, :math:`x = b(z) / \lfloor L/2 \rfloor`, and each stage divides the cells
+    of the stage before into L: after stage s (from 0) what is left is at most half of
+    :math:`1 / (\lfloor L/2 \rfloor L^s)`. The gradient is that of a single FSQ.
+
     The shift by artanh centres the grid: b(0) = 0. The paper's pseudocode has tan there, which its authors call an
     error, and with which b(0) is off by 4e-4 at L = 4 and less above. Two levels cannot be centred: o > h. Above
     some 1000 levels the margin of 1e-3 keeps the outermost ones out of reach. A coordinate halfway between
-    levels goes to the even one.
+    levels goes to the even one. A vector that is not finite gives NaN and -1.
 
     References
     ----------
@@ -73,213 +72,146 @@ def fsq(z: Array, levels: Sequence[int], /, *, check_finite: bool | None = None)
     --------
     >>> import numpy as np
     >>> import diveq_core as dq
-    >>> out = dq.fsq(np.array([[0.0, -3.0], [0.6, 3.0]]), [5, 4])
+    >>> out = dq.quantize(np.array([[0.0, -3.0], [0.6, 3.0]]), None, dq.FSQ([5, 4]))
     >>> out.z_q
     array([[ 0. , -1. ],
            [ 0.5,  0.5]])
     >>> out.indices
     array([ 2, 18])
-    """
-    call = _Call("fsq", z, levels, check_finite)
-    return call.quantized(call.lib.bind(call.rule, call.z, call.grid, call.digits, None))
-
-
-@quiet
-def fsq_vjp(
-    z: Array, levels: Sequence[int], /, *, check_finite: bool | None = None
-) -> tuple[Quantized, Callable[[Array], Array]]:
-    r"""Quantize by `fsq`, and return the pullback; works in every library, without automatic differentiation.
-
-    .. math:: g_z = \frac{b'(z)}{\lfloor L/2 \rfloor}\, g
-
-    Parameters
-    ----------
-    z, levels, check_finite
-        As in `fsq`.
-
-    Returns
-    -------
-    out : Quantized
-    pullback : callable
-        ``pullback(g)`` takes the cotangent of ``z_q`` and gives that of ``z``, (..., D) both; ``z`` must stay as it
-        was.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `fsq`; ``pullback`` likewise, for a cotangent of another library, dtype or shape.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import diveq_core as dq
-    >>> out, pullback = dq.fsq_vjp(np.array([[0.0]]), [5])
-    >>> pullback(np.array([[1.0]]))
-    array([[0.999]])
-    """
-    call = _Call("fsq_vjp", z, levels, check_finite)
-    out = call.quantized(call.rule.forward(call.z, call.grid, call.digits, None))
-
-    def pullback(g: Array, /) -> Array:
-        check_like(call.lib, "pullback", "g", g, out.z_q, "z_q")
-        g_z, _ = call.rule.pullback(call.z, call.grid, call.digits, None, flat_rows(call.lib, g))
-        return call.lib.xp.reshape(g_z, call.shape)
-
-    return out, pullback
-
-
-@quiet
-def fsq_jvp(
-    z: Array, dz: Array, levels: Sequence[int], /, *, check_finite: bool | None = None
-) -> tuple[Quantized, Array]:
-    r"""Quantize by `fsq`, and push a tangent forward; works in every library.
-
-    .. math:: dz_q = \frac{b'(z)}{\lfloor L/2 \rfloor}\, dz
-
-    Parameters
-    ----------
-    z, levels, check_finite
-        As in `fsq`.
-    dz : array (..., D)
-        Tangent of ``z``.
-
-    Returns
-    -------
-    out : Quantized
-    tangent : array (..., D)
-        Tangent of ``z_q``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `fsq`, also for a tangent of another library, dtype or shape.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import diveq_core as dq
-    >>> out, tangent = dq.fsq_jvp(np.array([[0.0]]), np.array([[2.0]]), [5])
-    >>> tangent
-    array([[1.998]])
-    """
-    call = _Call("fsq_jvp", z, levels, check_finite)
-    check_like(call.lib, "fsq_jvp", "dz", dz, z, "z")
-    out = call.quantized(call.rule.forward(call.z, call.grid, call.digits, None))
-    tangent = call.rule.pushforward(call.z, call.grid, call.digits, None, flat_rows(call.lib, dz), call.grid)
-    return out, call.lib.xp.reshape(tangent, call.shape)
-
-
-@quiet
-def fsq_decode(indices: Array, levels: Sequence[int], /, *, dtype: Any = None) -> Array:
-    r"""Vectors of given indices: exactly the ``z_q`` that `fsq` gave with them.
-
-    .. math:: z_{q,j} = \frac{m_j}{\lfloor L_j/2 \rfloor} - 1, \qquad
-              m_j = \Big\lfloor i \Big/ \prod_{k < j} L_k \Big\rfloor \bmod L_j
-
-    Parameters
-    ----------
-    indices : integer array (...)
-        As `fsq` gives them.
-    levels : sequence of D integers
-        As in `fsq`.
-    dtype : optional
-        The library's floating dtype of the result, that of ``z``; float32 by default.
-
-    Returns
-    -------
-    array (..., D)
-        An index of -1, the mark of a vector that was not finite, gives NaN.
-
-    Raises
-    ------
-    TypeError
-        If the indices or a level are not integers.
-    ValueError
-        If there is no level, one is below 3, their product leaves the index dtype, or, in NumPy, an index is outside
-        ``[-1, product of levels)``.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import diveq_core as dq
-    >>> dq.fsq_decode(np.array([2, 18]), [5, 4], dtype=np.float64)
+    >>> dq.decode(np.array([2, 18]), None, dq.FSQ([5, 4]), dtype=np.float64)
     array([[ 0. , -1. ],
            [ 0.5,  0.5]])
     """
-    lib = backend_of("fsq_decode", indices=indices)
-    levels = _checked_levels(lib, "fsq_decode", levels, None)
-    indices = checked_indices(lib, "fsq_decode", indices, math.prod(levels), bound="product of levels")
-    xp = lib.xp
-    dtype = xp.float32 if dtype is None else dtype
-    indices = xp.expand_dims(indices, axis=-1)
-    levels_, places = (row_of(lib, x, indices.dtype, indices) for x in (levels, _places(levels)))
-    digits = indices // places % levels_
-    z_q = lib.astype(level_of(lib, digits, levels, lib.compute_dtype(dtype)), dtype)
-    return lib.nan_where((indices < 0) | (indices >= math.prod(levels)), z_q)
+
+    levels: Sequence[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", _checked_levels(self.levels))
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset("z")
+
+    @property
+    def entry(self) -> Estimator:
+        return _Bound(self)
+
+    def refined(self, depth: int) -> Estimator:
+        return _Refinement(tuple(self.levels), depth)
+
+    def vjp(self, lib: Backend, z: Array, q: Any, noise: None, g: Array) -> tuple[Array, None]:
+        return self._slope(lib, z) * g, None
+
+    def jvp(self, lib: Backend, z: Array, q: Any, noise: None, dz: Array, dq: Any) -> Array:
+        """The derivative is diagonal, so it is its own transpose."""
+        return self._slope(lib, z) * dz
+
+    def rounded(self, lib: Backend, z: Array) -> Array:
+        return lib.xp.round(self.bounded(lib, z))
+
+    def bounded(self, lib: Backend, z: Array) -> Array:
+        """The bound b(z), (N, D)."""
+        half, offset, shift = (self.row(lib, x, z) for x in self._bounds())
+        return lib.xp.tanh(z + shift) * half - offset
+
+    def _slope(self, lib: Backend, z: Array) -> Array:
+        half, _, shift = (self.row(lib, x, z) for x in self._bounds())
+        tanh = lib.xp.tanh(z + shift)
+        # 1 - tanh^2 as a product loses no digits where tanh is near 1.
+        return half * ((1 - tanh) * (1 + tanh)) / self.row(lib, [level // 2 for level in self.levels], z)
+
+    def _bounds(self) -> tuple[list[float], list[float], list[float]]:
+        """h, o and the shift of each coordinate."""
+        offsets = [0.0 if level % 2 else 0.5 for level in self.levels]
+        halves = [(level - 1) * (1 - _MARGIN) / 2 for level in self.levels]
+        return halves, offsets, [math.atanh(o / h) for o, h in zip(offsets, halves, strict=True)]
 
 
-class _Call:
-    """Checked and flattened arguments of one quantization."""
+@dataclass(frozen=True)
+class _Refinement(Scalar):
+    r"""A later stage of a residual of `FSQ`: straight-through rounding to a grid that divides each cell into L.
 
-    def __init__(self, function: str, z: Array, levels: Sequence[int], finite: bool | None) -> None:
-        lib = backend_of(function, z=z)
-        check_floating(lib, function, z=z)
-        levels = _checked_levels(lib, function, levels, z)
-        refuse_not_finite(lib, function, finite, z=z)
-        xp = lib.xp
-        dtype = lib.compute_dtype(z.dtype)
-        self.lib, self.shape, self.rule = lib, tuple(z.shape), FSQRule(lib, levels)
-        self.z = flat_rows(lib, z)
-        offsets = [0.0 if level % 2 else 0.5 for level in levels]
-        halves = [(level - 1) * (1 - _MARGIN) / 2 for level in levels]
-        shifts = [math.atanh(o / h) for o, h in zip(offsets, halves, strict=True)]
-        row = partial(row_of, lib, dtype=dtype, like=z)
-        half, offset, shift = row(halves), row(offsets), row(shifts)
-        self.grid = xp.concat([half, offset, shift])
-        flat = lib.astype(lib.stop_gradient(self.z), dtype)
-        rounded = xp.round(xp.tanh(flat + shift) * half - offset)
-        whole = xp.all(xp.isfinite(flat), axis=-1, keepdims=True)
-        index_dtype = _index_dtype(lib)
-        zeroed = lib.astype(xp.where(whole, rounded, xp.zeros_like(rounded)), index_dtype)
-        digits = zeroed + row_of(lib, [level // 2 for level in levels], index_dtype, z)
-        self.digits = xp.where(whole, digits, -xp.ones_like(digits))
-        weighted = digits * row_of(lib, _places(levels), index_dtype, z)
-        indices = lib.astype(xp.sum(weighted, axis=-1), index_dtype)
-        whole = xp.reshape(whole, tuple(indices.shape))
-        self.indices = xp.where(whole, indices, -xp.ones_like(indices))
+    .. math:: z_q = \Delta (k + o), \qquad k = \operatorname{clip}\big(\operatorname{round}(z / \Delta - o),
+              -\lfloor L/2 \rfloor, L - 1 - \lfloor L/2 \rfloor\big), \qquad
+              \Delta = \frac{1}{\lfloor L/2 \rfloor L^{\text{depth}}}, \qquad g_z = g
 
-    def quantized(self, z_q: Array) -> Quantized:
-        reshape = self.lib.xp.reshape
-        return Quantized(reshape(z_q, self.shape), reshape(self.indices, self.shape[:-1]))
+    with o = 1/2 for even L, so that the L levels lie evenly over a cell of width :math:`L \Delta`, and 0 for odd L.
+    """
 
+    levels: tuple[int, ...]
+    depth: int
 
-def _places(levels: Sequence[int]) -> list[int]:
-    """Value of each digit: the product of the levels before it."""
-    return [math.prod(levels[:position]) for position in range(len(levels))]
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset()
 
+    def vjp(self, lib: Backend, z: Any, q: Any, noise: None, g: Array) -> tuple[Array, None]:
+        return g, None
 
-def _index_dtype(lib: Backend) -> Any:
-    """int64, or int32 where the library has no wider one by default."""
-    return lib.as_indices(lib.xp.asarray([0])).dtype
+    def jvp(self, lib: Backend, z: Any, q: Any, noise: None, dz: Array, dq: Any) -> Array:
+        return dz
+
+    def rounded(self, lib: Backend, z: Array) -> Array:
+        lowest, highest = (self.row(lib, [level * end - level // 2 for level in self.levels], z) for end in (0, 1))
+        k = lib.xp.round(z * self._steps(lib, z) - self._offset(lib, z))
+        return smaller(lib, larger(lib, k, lowest), highest - 1)
+
+    def level(self, lib: Backend, k: Array) -> Array:
+        return (k + self._offset(lib, k)) / self._steps(lib, k)
+
+    def _offset(self, lib: Backend, like: Array) -> Array:
+        return self.row(lib, [0.0 if level % 2 else 0.5 for level in self.levels], like)
+
+    def _steps(self, lib: Backend, like: Array) -> Array:
+        """1 / Delta."""
+        return self.row(lib, [level // 2 * float(level) ** self.depth for level in self.levels], like)
 
 
-def _checked_levels(lib: Backend, function: str, levels: Sequence[int], z: Array | None) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class _Bound(Estimator):
+    r"""What a residual of `FSQ` begins with: :math:`x = b(z) / \lfloor L/2 \rfloor`, unrounded."""
+
+    of: FSQ
+    codebook_axes = 0
+
+    @property
+    def hard(self) -> bool:
+        return False
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.of.reads
+
+    @property
+    def trains_codebook(self) -> bool:
+        return False
+
+    def call(
+        self, function: str, lib: Backend, z: Array, codebook: None, noise: Any, rng: Any, indices: Array | None
+    ) -> Call:
+        rows = flat_rows(lib, z)
+        rule = Rule(lib, self, z.dtype, z.dtype, z.dtype)
+        # Nothing is chosen here.
+        nothing = lib.as_indices(lib.xp.zeros((rows.shape[0],), dtype=lib.xp.int32, **lib.place(z)))
+        return OneCall(lib, rule, rows, None, None, None, nothing, tuple(z.shape[:-1]))
+
+    def forward(self, lib: Backend, z: Array, q: None, noise: None) -> Array:
+        return self.of.bounded(lib, z) / self.of.row(lib, [level // 2 for level in self.of.levels], z)
+
+    def vjp(self, lib: Backend, z: Array, q: None, noise: None, g: Array) -> tuple[Array, None]:
+        return self.of.vjp(lib, z, None, None, g)
+
+    def jvp(self, lib: Backend, z: Array, q: None, noise: None, dz: Array, dq: None) -> Array:
+        return self.of.jvp(lib, z, None, None, dz, None)
+
+
+def _checked_levels(levels: Sequence[int]) -> tuple[int, ...]:
     wanted = "levels must be a sequence of integers >= 3, one for each coordinate"
     if isinstance(levels, (str, bytes)) or not isinstance(levels, Sequence):
-        raise TypeError(f"{function}: {wanted}, got {describe(levels)}")
+        raise TypeError(f"FSQ: {wanted}, got {describe(levels)}")
     for level in levels:
         if isinstance(level, bool) or not isinstance(level, numbers.Integral):
-            raise TypeError(f"{function}: {wanted}, got {level!r} of {describe(level)}")
+            raise TypeError(f"FSQ: {wanted}, got {level!r} of {describe(level)}")
     if not levels or min(levels) < 3:
-        raise ValueError(f"{function}: {wanted}, got {list(levels)}")
-    if z is not None and (z.ndim < 1 or z.shape[-1] != len(levels)):
-        raise ValueError(
-            f"{function}: z must have shape (..., D) with D = {len(levels)}, one for each level, got {tuple(z.shape)}"
-        )
-    largest = int(lib.xp.iinfo(_index_dtype(lib)).max)
-    if math.prod(levels) - 1 > largest:
-        raise ValueError(
-            f"{function}: the product of levels must be at most {largest + 1}, the range of the indices of "
-            f"{lib.name}, got {math.prod(levels)}"
-        )
+        raise ValueError(f"FSQ: {wanted}, got {list(levels)}")
     return tuple(int(level) for level in levels)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core.estimators.composite import Composite, marked
+from diveq_core.arrays.rows import describe
+from diveq_core.estimators.call import Quantized
+from diveq_core.estimators.composite import Composite, Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core.arrays.backend import Backend
     from diveq_core.arrays.rows import Array
-    from diveq_core.estimators.base import Estimator
-    from diveq_core.estimators.composite import Options
+    from diveq_core.estimators.base import Quantizer, Shape
+    from diveq_core.estimators.call import Call, Pullback
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Residual(Composite):
     Parameters
     ----------
     estimator : Estimator, Residual or Product
-        Used in every stage.
+        Used in every stage. None that takes logits, as `GumbelST` does.
     stages : int
         Number of stages. With fewer than the codebook has (quantizer dropout) the first ones are used, and the
         codebooks of the others get a gradient of zero.
@@ -38,6 +40,8 @@ class Residual(Composite):
     residuals are differentiated too, so straight-through inside gives z the gradient of one straight-through step,
     where detached residuals would give ``stages`` times that.
 
+    Without a codebook, `FSQ` in stages, each divides the cells of the one before: see there.
+
     Residuals and sums are computed in at least float32, and z_q is rounded once.
 
     An index of -1 in a stage after the first marks the stage as dropped, for this vector: it adds nothing, the gradient
@@ -48,17 +52,34 @@ class Residual(Composite):
     Zeghidour et al., "SoundStream", arXiv:2107.03312, section III-C (residual quantization, quantizer dropout).
     """
 
-    estimator: Estimator | Composite
+    estimator: Quantizer
     stages: int
     spare = True
     sums = True
 
     def __post_init__(self) -> None:
-        self._check("stages")
+        self._check_fields("stages")
+        if not self.estimator.keeps_space:
+            raise TypeError(
+                f"Residual: estimator must give vectors of the space it takes them from, got {describe(self.estimator)}"
+            )
+        if self.estimator.entry is not None and self.estimator.refined(0) is self.estimator:
+            raise TypeError("Residual: stages of FSQ must be those of one Residual, got one inside another")
 
     @property
     def parts(self) -> int:  # type: ignore[override]
         return self.stages
+
+    @property
+    def entry(self) -> Quantizer | None:
+        return self.estimator.entry
+
+    def check(self, function: str, lib: Backend, z: Shape | None, codebook: Shape | None) -> None:
+        self.estimator.check(function, lib, z, self.shape_of_part(function, codebook))
+
+    def must_be_finite(self, lib: Backend, z: Array, codebook: Any) -> dict[str, Array]:
+        used = codebook if codebook is None or codebook.ndim < self.codebook_axes else codebook[: self.stages, ...]
+        return self.estimator.must_be_finite(lib, z, used)
 
     def noise_of(self, function: str, noise: Array, z: Array, part: int) -> Array:
         if noise.ndim < 1 or noise.shape[0] != self.stages:
@@ -67,120 +88,154 @@ class Residual(Composite):
             )
         return noise[part, ...]
 
-    def quantize(
-        self, lib: Backend, verb: Callable[..., Any], z: Array, codebook: Array, options: Options
-    ) -> tuple[Array, Array]:
-        residual, wide = self._computed(lib, z, codebook)
-        stages = []
-        for part, (words, own) in enumerate(self.split(lib, "quantize", residual, wide, options)):
-            stage = _Stage(self, lib, "quantize", part, own, z.shape[-1])
-            z_q, indices = verb(stage.kept(residual), words, self.estimator, **stage.options)
-            stages.append((stage.kept(z_q), stage.found(indices)))
-            residual = residual - stages[-1][0]
-        return self._joined(lib, z, codebook, stages, options)
+    def stage(self, part: int) -> Quantizer:
+        """What quantizes in a stage."""
+        return self.estimator if self.entry is None else self.estimator.refined(part)
 
-    def vjp(
-        self, lib: Backend, verb: Callable[..., Any], z: Array, codebook: Array, options: Options
-    ) -> tuple[tuple[Array, Array], Callable[[Array], tuple[Array, Array]]]:
-        residual, wide = self._computed(lib, z, codebook)
-        stages, pullbacks = [], []
-        for part, (words, own) in enumerate(self.split(lib, "vjp", residual, wide, options)):
-            stage = _Stage(self, lib, "vjp", part, own, z.shape[-1])
-            (z_q, indices), pullback_of_stage = verb(stage.kept(residual), words, self.estimator, **stage.options)
-            stages.append((stage.kept(z_q), stage.found(indices)))
-            pullbacks.append((stage, pullback_of_stage))
-            residual = residual - stages[-1][0]
-        dtype = residual.dtype
+    def call(
+        self, function: str, lib: Backend, z: Array, codebook: Any, noise: Any, rng: Any, indices: Array | None
+    ) -> Call:
+        out = z.dtype if codebook is None else lib.result_dtype(z, codebook)
+        dtype = lib.compute_dtype(out)
+        words = None if codebook is None else lib.astype(codebook, dtype)
+        parts = list(self.split(function, lib, z, words, noise, rng, indices))
+        return _Stages(self, lib, function, lib.astype(z, dtype), words, parts, (z.dtype, codebook, out))
 
-        def pullback(g: Array) -> tuple[Array, Array]:
-            g = lib.astype(g, dtype)
-            g_residual, g_words = None, []
-            for stage, pullback_of_stage in reversed(pullbacks):
-                g_q = g if g_residual is None else g - g_residual
-                g_in, g_stage = pullback_of_stage(stage.kept(g_q))
-                g_residual = g_in if g_residual is None else g_residual + g_in
-                g_words.append(g_stage)
-            g_codebook = self.assembled(lib, codebook, g_words[::-1])
-            return lib.astype(g_residual, z.dtype), lib.astype(g_codebook, codebook.dtype)
-
-        return self._joined(lib, z, codebook, stages, options), pullback
-
-    def jvp(
-        self,
-        lib: Backend,
-        verb: Callable[..., Any],
-        z: Array,
-        codebook: Array,
-        dz: Array,
-        dcodebook: Array,
-        options: Options,
-    ) -> tuple[tuple[Array, Array], Array]:
-        residual, wide = self._computed(lib, z, codebook)
-        d_residual, dcodebook = (lib.astype(x, residual.dtype) for x in (dz, dcodebook))
-        stages, tangent = [], None
-        shared = codebook.ndim < self.codebook_ndim
-        for part, (words, own) in enumerate(self.split(lib, "jvp", residual, wide, options)):
-            dwords = dcodebook if shared else dcodebook[part, ...]
-            stage = _Stage(self, lib, "jvp", part, own, z.shape[-1])
-            (z_q, indices), moved = verb(
-                stage.kept(residual), words, stage.kept(d_residual), dwords, self.estimator, **stage.options
-            )
-            stages.append((stage.kept(z_q), stage.found(indices)))
-            moved = stage.kept(moved)
-            tangent = moved if tangent is None else tangent + moved
-            residual, d_residual = residual - stages[-1][0], d_residual - moved
-        return self._joined(lib, z, codebook, stages, options), lib.astype(tangent, lib.result_dtype(z, codebook))
-
-    def decode(self, lib: Backend, verb: Callable[..., Any], indices: Array, codebook: Array, dtype: Any) -> Array:
-        # No float32 rounds what a codebook of float64 holds, whatever is asked for.
-        asked, held = lib.compute_dtype(dtype), lib.compute_dtype(codebook.dtype)
-        wide = asked if lib.xp.finfo(asked).bits > lib.xp.finfo(held).bits else held
-        # In the order of quantize, so that the sum rounds alike.
-        parts, (total, *others) = self.decoded_parts(lib, verb, indices, codebook, wide)
-        for part, q in zip(parts[1:], others, strict=True):
-            dropped, _ = marked(lib, "decode", self.estimator, part, q.shape[-1])
-            total = total + lib.xp.where(dropped, lib.xp.zeros_like(q), q)
+    def decode(self, lib: Backend, indices: Array, codebook: Any, dtype: Any) -> Array:
+        wide = lib.compute_dtype(dtype)
+        if codebook is not None:
+            # No float32 rounds what a codebook of float64 holds, whatever is asked for.
+            held = lib.compute_dtype(codebook.dtype)
+            wide = wide if lib.xp.finfo(wide).bits > lib.xp.finfo(held).bits else held
+        total: Any = None
+        for part, own in enumerate(self.indices_of_parts("decode", indices)):
+            q = self.stage(part).decode(lib, own, self.words(codebook, part), wide)
+            if part > 0:
+                dropped, _ = self.estimator.marked(lib, "decode", own, q.shape[-1])
+                q = lib.xp.where(dropped, lib.xp.zeros_like(q), q)
+            # In the order of quantize, so that the sum rounds alike.
+            total = q if total is None else total + q
         return lib.astype(total, dtype)
 
     def marked(self, lib: Backend, function: str, indices: Array, width: int) -> tuple[Array, Array]:
         # Without its first stage nothing is left of a residual.
         first, *others = self.indices_of_parts(function, indices)
-        lost, first = marked(lib, function, self.estimator, first, width)
+        lost, first = self.estimator.marked(lib, function, first, width)
         return lost, lib.xp.stack([first, *others], axis=self.axis_of_parts(indices))
 
-    def _computed(self, lib: Backend, z: Array, codebook: Array) -> tuple[Array, Array]:
-        """Both in the dtype in which residuals and sums are computed."""
-        dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
-        return lib.astype(z, dtype), lib.astype(codebook, dtype)
 
-    def _joined(
-        self, lib: Backend, z: Array, codebook: Array, stages: list[tuple[Array, Array]], options: Options
-    ) -> tuple[Array, Array]:
-        total, first = stages[0]
-        for z_q, found in stages[1:]:
-            total = total + z_q
+class _Stages(NamedTuple):
+    """A call of all stages, each of which can be called once what those before it left is known."""
+
+    of: Residual
+    lib: Backend
+    function: str
+    z: Array
+    """In the dtype in which residuals and sums are computed, as the codebook is."""
+
+    codebook: Any
+    parts: list[Part]
+    given: tuple[Any, Any, Any]
+    """The dtype of z as it was given, the codebook likewise, and the dtype of the output."""
+
+    def quantize(self) -> Quantized:
+        residual = self.z
+        if self.of.entry is not None:
+            residual = self._entered().quantize().z_q
+        return self._run(residual, lambda stage: (stage.call.quantize(), None))[0]
+
+    def vjp(self) -> tuple[Quantized, Pullback]:
+        of, lib, residual = self.of, self.lib, self.z
+        entered: Any = None
+        if of.entry is not None:
+            (residual, _), entered = self._entered().vjp()
+        out, pullbacks = self._run(residual, lambda stage: stage.call.vjp())
+        dtype, (z_dtype, codebook, _) = residual.dtype, self.given
+
+        def pullback(g: Array) -> tuple[Array, Any]:
+            g = lib.astype(g, dtype)
+            g_residual: Any = None
+            g_words = []
+            for stage, pullback_of_stage in reversed(pullbacks):
+                g_q = g if g_residual is None else g - g_residual
+                g_in, g_stage = pullback_of_stage(stage.kept(g_q))
+                g_residual = g_in if g_residual is None else g_residual + g_in
+                g_words.append(g_stage)
+            if entered is not None:
+                g_residual, _ = entered(g_residual)
+            g_codebook = of.assembled(lib, codebook, g_words[::-1])
+            g_codebook = None if g_codebook is None else lib.astype(g_codebook, codebook.dtype)
+            return lib.astype(g_residual, z_dtype), g_codebook
+
+        return out, pullback
+
+    def jvp(self, dz: Array, dcodebook: Any) -> tuple[Quantized, Array]:
+        lib, of, residual = self.lib, self.of, self.z
+        d_residual = lib.astype(dz, residual.dtype)
+        dcodebook = None if dcodebook is None else lib.astype(dcodebook, residual.dtype)
+        if of.entry is not None:
+            (residual, _), d_residual = self._entered().jvp(d_residual, None)
+        tangent: Any = None
+
+        def step(stage: _Stage) -> tuple[Quantized, Any]:
+            nonlocal d_residual, tangent
+            out, moved = stage.call.jvp(stage.kept(d_residual), of.words(dcodebook, stage.part.number))
+            moved = stage.kept(moved)
+            tangent = moved if tangent is None else tangent + moved
+            d_residual = d_residual - moved
+            return out, None
+
+        out, _ = self._run(residual, step)
+        return out, lib.astype(tangent, self.given[2])
+
+    def _entered(self) -> Call:
+        assert self.of.entry is not None
+        return self.of.entry.call(self.function, self.lib, self.z, None, None, None, None)
+
+    def _run(self, residual: Array, step: Callable[[_Stage], tuple[Quantized, Any]]) -> tuple[Quantized, list[Any]]:
+        """``step`` of each stage, on what those before it left: the output, and with each stage what else it gave."""
+        lib, xp = self.lib, self.lib.xp
+        total: Any = None
+        others: list[Any] = []
+        found: list[Any] = []
+        for part in self.parts:
+            stage = _Stage.of(self, part, residual)
+            (z_q, indices), other = step(stage)
+            z_q = stage.kept(z_q)
+            others.append((stage, other))
+            found.append(indices if stage.dropped is None else part.indices)
+            total = z_q if total is None else total + z_q
+            residual = residual - z_q
+        if self.parts[0].indices is None:
             # A search that finds nothing gives NaN, so the vector is marked, or its indices would decode as dropped.
-            first = first if options["indices"] is not None else lib.xp.where(found < 0, found, first)
-        indices = lib.xp.stack([first, *(found for _, found in stages[1:])], axis=z.ndim - 1)
-        return lib.astype(total, lib.result_dtype(z, codebook)), indices
+            for later in found[1:]:
+                found[0] = xp.where(later < 0, later, found[0])
+        return Quantized(lib.astype(total, self.given[2]), xp.stack(found, axis=self.z.ndim - 1)), others
 
 
-class _Stage:
+class _Stage(NamedTuple):
     """One stage of a call: where it is dropped, it sees zeros and any index, and adds nothing."""
 
-    def __init__(
-        self, residual: Residual, lib: Backend, function: str, part: int, options: Options, width: int
-    ) -> None:
-        self.lib, self.options, self.given = lib, options, options["indices"]
-        self.dropped: Array | None = None
-        if part > 0 and self.given is not None:
-            self.dropped, indices = marked(lib, function, residual.estimator, self.given, width)
-            self.options = {**options, "indices": indices}
+    lib: Backend
+    part: Part
+    call: Call
+    dropped: Array | None
+    """The entries (..., D) at which it is."""
+
+    @classmethod
+    def of(cls, stages: _Stages, part: Part, residual: Array) -> _Stage:
+        lib, indices, dropped = stages.lib, part.indices, None
+        if part.number > 0 and indices is not None:
+            dropped, indices = stages.of.estimator.marked(lib, stages.function, indices, residual.shape[-1])
+            residual = _kept(lib, dropped, residual)
+        quantizer = stages.of.stage(part.number)
+        call = quantizer.call(stages.function, lib, residual, part.codebook, part.noise, part.rng, indices)
+        return cls(lib, part, call, dropped)
 
     def kept(self, x: Array) -> Array:
         """``x`` (..., D), zero where the stage is dropped; so is its derivative."""
-        return x if self.dropped is None else self.lib.xp.where(self.dropped, self.lib.xp.zeros_like(x), x)
+        return _kept(self.lib, self.dropped, x)
 
-    def found(self, indices: Array) -> Array:
-        """The stage's indices, with the marks."""
-        return indices if self.dropped is None else self.given
+
+def _kept(lib: Backend, dropped: Array | None, x: Array) -> Array:
+    return x if dropped is None else lib.xp.where(dropped, lib.xp.zeros_like(x), x)

@@ -25,8 +25,8 @@ class Bindable(Protocol):
     """
 
     @property
-    def constant(self) -> bool:
-        """Whether the derivatives read none of the inputs, in whose places they then take None."""
+    def reads(self) -> frozenset[str]:
+        """Which of "z", "q" (codebook and indices) and "noise" the derivatives read; None stands for the others."""
 
     @property
     def trains_codebook(self) -> bool:
@@ -52,8 +52,8 @@ class Bindable(Protocol):
 class Rule:
     """Forward, pullback and pushforward over ``z`` (N, D), ``codebook`` (K, D), ``indices`` (N,).
 
-    ``noise`` is (N, D), or None for an estimator without. Where ``indices`` is None, the codebook's place is
-    taken by what `gathered` gives, row n's in row n; the codebook then gets no cotangent and has no tangent.
+    ``noise`` has a row for each vector, or is None for an estimator without. Where ``indices`` is None, the codebook's
+    place is taken by what `gathered` gives, row n's in row n; the codebook then gets no cotangent and has no tangent.
     """
 
     lib: Backend
@@ -69,8 +69,8 @@ class Rule:
         return cls(lib, estimator, z.dtype, codebook.dtype, lib.result_dtype(z, codebook))
 
     @property
-    def constant(self) -> bool:
-        return self.estimator.constant
+    def reads(self) -> frozenset[str]:
+        return self.estimator.reads
 
     @property
     def trains_codebook(self) -> bool:
@@ -78,28 +78,31 @@ class Rule:
 
     @property
     def noise_by_indices(self) -> bool:
-        return False
+        return self.estimator.corners > 1
 
-    def gathered(self, codebook: Array, indices: Array) -> Array:
-        """What the estimator reads of the codebook for each row."""
-        return self.lib.take_rows(codebook, indices)
+    def gathered(self, codebook: Any, indices: Array | None) -> Any:
+        """What the estimator reads of the codebook for each row, (N, corners D)."""
+        if codebook is None or indices is None:
+            return codebook
+        words = [self.lib.take_rows(codebook, corner) for corner in self._corners(indices)]
+        return words[0] if len(words) == 1 else self.lib.xp.concat(words, axis=1)
 
-    def fixed(self, codebook: Array, indices: Array) -> tuple[Array, Array | None]:
+    def fixed(self, codebook: Any, indices: Array | None) -> tuple[Any, None]:
         return self.gathered(codebook, indices), None
 
-    def forward(self, z: Array, codebook: Array, indices: Array | None, noise: Array | None) -> Array:
+    def forward(self, z: Array, codebook: Any, indices: Array | None, noise: Array | None) -> Array:
         """Output z_q, (N, D)."""
         lib = self.lib
         if self.estimator.hard:
-            return lib.astype(codebook if indices is None else lib.take_rows(codebook, indices), self.out_dtype)
+            return lib.astype(self.gathered(codebook, indices), self.out_dtype)
 
-        def rows(q: Array, _: Array | None, z: Array, noise: Array | None) -> Array:
-            return lib.astype(self._value(z, q, noise), self.out_dtype)
+        def rows(q: Any, _: Array | None, z: Array, noise: Array | None) -> Array:
+            return lib.astype(self.estimator.forward(lib, z, q, noise), self.out_dtype)
 
         return self._by_rows(rows, codebook, indices, z, noise)
 
     def pullback(
-        self, z: Array | None, codebook: Array | None, indices: Array | None, noise: Array | None, g: Array
+        self, z: Array | None, codebook: Any, indices: Array | None, noise: Array | None, g: Array
     ) -> tuple[Array, Array | None]:
         """Cotangents of ``z`` (N, D) and ``codebook`` (K, D), each in its own dtype; None for one that gets none."""
         lib = self.lib
@@ -107,66 +110,52 @@ class Rule:
         if self.trains_codebook and codebook is not None and indices is not None:
             total = lib.xp.zeros_like(self._computed(codebook))
 
-        def rows(
-            q: Array | None, indices: Array | None, z: Array | None, noise: Array | None, g: Array | None
-        ) -> Array:
+        def rows(q: Any, indices: Array | None, z: Any, noise: Any, g: Any) -> Array:
             nonlocal total
-            g_z, *g_words = self._cotangents(z, q, noise, g)
-            if total is not None:
-                total = self._scattered(total, indices, *g_words)
+            g_z, g_q = self.estimator.vjp(lib, z, q, noise, g)
+            if total is not None and g_q is not None:
+                total = self._scattered(total, indices, g_q)
             return lib.astype(g_z, self.z_dtype)
 
         g_z = self._by_rows(rows, codebook, indices, z, noise, g)
         return g_z, None if total is None else lib.astype(total, self.codebook_dtype)
 
     def pushforward(
-        self,
-        z: Array | None,
-        codebook: Array | None,
-        indices: Array | None,
-        noise: Array | None,
-        dz: Array,
-        dcodebook: Array | None,
+        self, z: Array | None, codebook: Any, indices: Array | None, noise: Array | None, dz: Array, dcodebook: Any
     ) -> Array:
         """Tangent of z_q, (N, D)."""
         lib = self.lib
 
-        def rows(
-            q: Array | None, indices: Array | None, z: Array | None, noise: Array | None, dz: Array | None
-        ) -> Array:
+        def rows(q: Any, indices: Array | None, z: Any, noise: Any, dz: Any) -> Array:
             dq = None
             if self.trains_codebook and q is not None:
                 known = dcodebook is not None and indices is not None
                 dq = self._computed(self.gathered(dcodebook, indices)) if known else lib.xp.zeros_like(q)
-            return lib.astype(self._tangent(z, q, noise, dz, dq), self.out_dtype)
+            return lib.astype(self.estimator.jvp(lib, z, q, noise, dz, dq), self.out_dtype)
 
         return self._by_rows(rows, codebook, indices, z, noise, dz)
 
-    # By the estimator, in the compute dtype
+    def _corners(self, indices: Array) -> list[Array]:
+        """The indices of each corner; the mark -1 stays."""
+        later = range(1, self.estimator.corners)
+        return [indices, *(self.lib.xp.where(indices < 0, indices, indices + corner) for corner in later)]
 
-    def _value(self, z: Array, q: Array, noise: Array | None) -> Array:
-        return self.estimator.forward(self.lib, z, q, noise)
-
-    def _cotangents(self, z: Any, q: Any, noise: Any, g: Any) -> tuple[Array, Any]:
-        """``g_z``, and what `_scattered` takes."""
-        return self.estimator.vjp(self.lib, z, q, noise, g)
-
-    def _scattered(self, total: Array, indices: Array | None, g_q: Array | None) -> Array:
+    def _scattered(self, total: Array, indices: Any, g_q: Array) -> Array:
         """The codebook's cotangent so far, (K, D), and that of some rows."""
-        return total if g_q is None else self.lib.segment_add(total, g_q, indices)
-
-    def _tangent(self, z: Any, q: Any, noise: Any, dz: Any, dq: Any) -> Array:
-        return self.estimator.jvp(self.lib, z, q, noise, dz, dq)
+        width = total.shape[1]
+        for corner, chosen in enumerate(self._corners(indices)):
+            part = g_q if g_q.shape[1] == width else g_q[:, corner * width : (corner + 1) * width]
+            total = self.lib.segment_add(total, part, chosen)
+        return total
 
     def _by_rows(
-        self, function: Callable[..., Array], codebook: Array | None, indices: Array | None, *arrays: Array | None
+        self, function: Callable[..., Array], codebook: Any, indices: Array | None, *arrays: Array | None
     ) -> Array:
         """``function(q, indices, *arrays)``, a block of rows at a time, all but the indices in the compute dtype."""
 
         def gathering(*arrays: Any) -> Array:
             *others, indices = arrays
-            q = None if codebook is None else self.gathered(codebook, indices)
-            return function(self._computed(q), indices, *map(self._computed, others))
+            return function(self._computed(self.gathered(codebook, indices)), indices, *map(self._computed, others))
 
         def gathered(*arrays: Any) -> Array:
             *others, q = map(self._computed, arrays)

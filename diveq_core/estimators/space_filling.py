@@ -14,15 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diveq_core.arrays.checks import check_codebook, check_floating, check_shape
+from diveq_core.arrays.checks import check_floating, check_shape
+from diveq_core.arrays.draws import uniform
 from diveq_core.arrays.registry import backend_of
 from diveq_core.arrays.rows import Array, Direction, check_option, describe
-from diveq_core.codebook.ranks import uniform
 from diveq_core.estimators.base import Estimator
-from diveq_core.estimators.rule import Rule
 
 if TYPE_CHECKING:
     from diveq_core.arrays.backend import Backend
+
+
+Pair = tuple[Array, Array]
 
 
 class CurveNoise(NamedTuple):
@@ -35,19 +37,23 @@ class CurveNoise(NamedTuple):
     """Standard normal noise for each end of the segment, (2, ..., D), in the shape of z otherwise; `SFDiVeQ` only."""
 
 
-class SpaceFilling(Estimator):
-    """What `SFDiVeQ` and `SFDiVeQDetach` share: the derivatives, for given directions w."""
+class _SpaceFilling(Estimator):
+    """What `SFDiVeQ` and `SFDiVeQDetach` share: the derivatives, for given directions w.
+
+    ``q`` (N, 2 D) holds both ends of each vector's segment, and ``noise`` (N, 1) or (N, 1 + 2 D) its t and the noise
+    of both ends.
+    """
 
     sigma: float = 0.0
+    corners = 2
+    index_bound = "K - 1"
 
     @property
     def hard(self) -> bool:
         """Never: the output is a point between codewords."""
         return False
 
-    def prepare(self, function: str, lib: Backend, z: Array, codebook: Array, noise: Any, rng: Any) -> CurveNoise:
-        """Check the noise, or draw it."""
-        check_codebook(function, codebook, at_least=2)
+    def draw(self, function: str, lib: Backend, z: Array, codebook: Array, noise: Any, rng: Any) -> CurveNoise:
         if noise is None:
             streams = lib.streams(function, rng, 2)
             # Not in 16 bits, which would round what is just below one to one.
@@ -74,53 +80,69 @@ class SpaceFilling(Estimator):
         check_shape(function, "noise.ends", noise.ends, (2, *z.shape), "two of z")
         return noise
 
+    def search(self, lib: Backend, z: Array, codebook: Array, noise: CurveNoise) -> Array:
+        return lib.search(z, self.points(lib, codebook, noise.dither))
+
     def points(self, lib: Backend, codebook: Array, dither: Array) -> Array:
         """The dithered point of each segment, (K - 1, D)."""
         codebook = lib.stop_gradient(codebook)
         t = lib.astype(lib.xp.expand_dims(dither, axis=1), codebook.dtype)
         return on_segment(codebook[:-1, :], codebook[1:, :], t)
 
-    def directions(
-        self, lib: Backend, z: Array, ends: tuple[Array, Array], noise: Array | None
-    ) -> tuple[Direction, Direction]:
+    def noise_rows(self, lib: Backend, z: Array, noise: CurveNoise, indices: Array) -> Array:
+        t = lib.take_rows(lib.xp.expand_dims(noise.dither, axis=1), indices)
+        t = lib.astype(t, lib.compute_dtype(z.dtype))
+        if noise.ends is None:
+            return t
+        ends = [lib.astype(lib.xp.reshape(noise.ends[j, ...], z.shape), t.dtype) for j in (0, 1)]
+        return lib.xp.concat([t, *ends], axis=1)
+
+    def decode(self, lib: Backend, indices: Array, codebook: Any, dtype: Any) -> Array:
+        raise TypeError(
+            f"decode: estimator must be one whose output is a codeword, got {describe(self)}; use project and "
+            f"decode_curve"
+        )
+
+    def _directions(self, lib: Backend, d: Pair, noise: Array) -> tuple[Direction, Direction]:
         """The fixed directions w_1 and w_2."""
-        d = [c - z for c in ends]
-        if noise is not None:
-            width = z.shape[1]
-            d = [d[0] + self.sigma * noise[:, :width], d[1] + self.sigma * noise[:, width:]]
+        if self.noisy:
+            width = d[0].shape[1]
+            d = d[0] + self.sigma * noise[:, 1 : 1 + width], d[1] + self.sigma * noise[:, 1 + width :]
         w_1, w_2 = (lib.direction(x)[1].stopped(lib) for x in d)
         return w_1, w_2
 
-    def on_curve(self, lib: Backend, z: Array, ends: tuple[Array, Array], t: Array, noise: Array | None) -> Array:
-        """The output z_q, (N, D)."""
-        if noise is None:
-            return on_segment(*ends, t)
-        w_1, w_2 = self.directions(lib, z, ends, noise)
-        rho_1, rho_2 = (lib.direction(c - z)[0] for c in ends)
+    def forward(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> Array:
+        assert noise is not None
+        (c_1, c_2), t = _halves(q), noise[:, :1]
+        if not self.noisy:
+            return on_segment(c_1, c_2, t)
+        d = c_1 - z, c_2 - z
+        w_1, w_2 = self._directions(lib, d, noise)
+        rho_1, rho_2 = (lib.direction(x)[0] for x in d)
         return z + w_1.times((1 - t) * rho_1) + w_2.times(t * rho_2)
 
-    def curve_vjp(
-        self, lib: Backend, z: Array, ends: tuple[Array, Array], t: Array, noise: Array | None, g: Array
-    ) -> tuple[Array, Array, Array]:
-        """Pullback of ``g``: (g_z, g_c1, g_c2), (N, D) each."""
-        w_1, w_2 = self.directions(lib, z, ends, noise)
-        u_1, u_2 = (lib.direction(c - z)[1] for c in ends)
+    def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
+        assert noise is not None
+        (c_1, c_2), t = _halves(q), noise[:, :1]
+        d = c_1 - z, c_2 - z
+        w_1, w_2 = self._directions(lib, d, noise)
+        u_1, u_2 = (lib.direction(x)[1] for x in d)
         g_1 = u_1.times((1 - t) * w_1.dot(lib, g))
         g_2 = u_2.times(t * w_2.dot(lib, g))
-        return g - g_1 - g_2, g_1, g_2
+        return g - g_1 - g_2, lib.xp.concat([g_1, g_2], axis=1)
 
-    def curve_jvp(
-        self, lib: Backend, z: Array, ends: tuple[Array, Array], t: Array, noise: Array | None, dz: Array, dends: Any
-    ) -> Array:
-        """Pushforward of ``dz`` and the tangents of both ends: the tangent of z_q, (N, D)."""
-        w_1, w_2 = self.directions(lib, z, ends, noise)
-        u_1, u_2 = (lib.direction(c - z)[1] for c in ends)
-        moved_1 = w_1.times((1 - t) * u_1.dot(lib, dends[0] - dz))
-        return dz + moved_1 + w_2.times(t * u_2.dot(lib, dends[1] - dz))
+    def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
+        assert noise is not None
+        (c_1, c_2), (dc_1, dc_2), t = _halves(q), _halves(dq), noise[:, :1]
+        d = c_1 - z, c_2 - z
+        w_1, w_2 = self._directions(lib, d, noise)
+        u_1, u_2 = (lib.direction(x)[1] for x in d)
+        moved_1 = w_1.times((1 - t) * u_1.dot(lib, dc_1 - dz))
+        return dz + moved_1 + w_2.times(t * u_2.dot(lib, dc_2 - dz))
 
 
 @dataclass(frozen=True)
-class SFDiVeQDetach(SpaceFilling):
+class SFDiVeQDetach(_SpaceFilling):
     r"""Space-filling DiVeQ without noise.
 
     .. math:: z_q = z + (1-t)\rho_1\operatorname{sg}[u_1] + t\rho_2\operatorname{sg}[u_2] = (1-t)c_1 + t c_2
@@ -139,7 +161,7 @@ class SFDiVeQDetach(SpaceFilling):
 
 
 @dataclass(frozen=True)
-class SFDiVeQ(SpaceFilling):
+class SFDiVeQ(_SpaceFilling):
     r"""Space-filling DiVeQ.
 
     .. math:: z_q = z + (1-t)\rho_1 w_1 + t\rho_2 w_2, \qquad
@@ -172,62 +194,11 @@ class SFDiVeQ(SpaceFilling):
         return self.sigma > 0
 
 
-@dataclass(frozen=True)
-class CurveRule(Rule):
-    """A rule over segments. Its ``noise`` (N, 1) or (N, 1 + 2 D) holds t and the noise of both ends."""
-
-    estimator: SpaceFilling
-
-    @staticmethod
-    def packed(lib: Backend, noise: CurveNoise, indices: Array, z: Array) -> Array:
-        """What `forward` takes as noise, for vectors (N, D) on segments (N,)."""
-        t = lib.take_rows(lib.xp.expand_dims(noise.dither, axis=1), indices)
-        t = lib.astype(t, lib.compute_dtype(z.dtype))
-        if noise.ends is None:
-            return t
-        return lib.xp.concat(
-            [t, *(lib.astype(lib.xp.reshape(noise.ends[j, ...], z.shape), t.dtype) for j in (0, 1))], axis=1
-        )
-
-    @property
-    def noise_by_indices(self) -> bool:
-        return True
-
-    def gathered(self, codebook: Array, indices: Array) -> Array:
-        """Both ends of each row's segment, (N, 2 D)."""
-        lib = self.lib
-        ends = [lib.take_rows(codebook, i) for i in (indices, _following(lib, indices))]
-        return lib.xp.concat(ends, axis=1)
-
-    def _value(self, z: Array, q: Array, noise: Any) -> Array:
-        return self.estimator.on_curve(self.lib, z, _ends(q), *_unpacked(noise))
-
-    def _cotangents(self, z: Any, q: Any, noise: Any, g: Any) -> tuple[Array, Any, Any]:  # type: ignore[override]
-        return self.estimator.curve_vjp(self.lib, z, _ends(q), *_unpacked(noise), g)
-
-    def _scattered(self, total: Array, indices: Any, g_1: Any, g_2: Any) -> Array:  # type: ignore[override]
-        total = self.lib.segment_add(total, g_1, indices)
-        return self.lib.segment_add(total, g_2, _following(self.lib, indices))
-
-    def _tangent(self, z: Any, q: Any, noise: Any, dz: Any, dq: Any) -> Array:
-        return self.estimator.curve_jvp(self.lib, z, _ends(q), *_unpacked(noise), dz, _ends(dq))
-
-
-def _ends(both: Array) -> tuple[Array, Array]:
+def _halves(both: Array) -> Pair:
     width = both.shape[1] // 2
     return both[:, :width], both[:, width:]
-
-
-def _unpacked(noise: Array) -> tuple[Array, Array | None]:
-    """t and the noise of both ends."""
-    return noise[:, :1], noise[:, 1:] if noise.shape[1] > 1 else None
 
 
 def on_segment(c_1: Array, c_2: Array, t: Array) -> Array:
     """The point (1 - t) c_1 + t c_2: training, inference and decoding all compute it here, so they agree."""
     return (1 - t) * c_1 + t * c_2
-
-
-def _following(lib: Backend, indices: Array) -> Array:
-    """Index of the segment's other end; the mark -1 stays."""
-    return lib.xp.where(indices < 0, indices, indices + 1)

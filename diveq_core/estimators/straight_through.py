@@ -28,9 +28,9 @@ class STE(Estimator):
     """
 
     @property
-    def constant(self) -> bool:
+    def reads(self) -> frozenset[str]:
         # What is derived from it may read what it likes.
-        return type(self) is STE
+        return frozenset() if type(self) is STE else super().reads
 
     @property
     def trains_codebook(self) -> bool:

@@ -87,6 +87,6 @@ def test_nan_of_the_data_is_still_told():
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
         dq.perplexity(jnp.zeros(3))
     assert jnp.isnan(dq.perplexity(jnp.zeros(3)))
-    assert jnp.isnan(dq.fsq_decode(jnp.array([-1]), [3, 3])).all()
+    assert jnp.isnan(dq.decode(jnp.array([-1]), None, dq.FSQ([3, 3]))).all()
     with jax.debug_nans(True), pytest.raises(FloatingPointError):
-        dq.fsq_decode(jnp.array([-1]), [3, 3])
+        dq.decode(jnp.array([-1]), None, dq.FSQ([3, 3]))

@@ -125,7 +125,7 @@ def test_a_schedule_of_sigma_scales_the_noise():
         lambda z, c: dq.quantize(z, c, dq.Residual(dq.Rotation(), 2)),
         lambda z, c: jax.grad(lambda z, c: (dq.quantize(z, c, dq.DiVeQDetach()).z_q ** 2).sum(), (0, 1))(z, c),
         lambda z, c: dq.usage(dq.nearest(z, c), 7),
-        lambda z, c: dq.fsq(z, [5, 4, 3]),
+        lambda z, c: dq.quantize(z, None, dq.FSQ([5, 4, 3])),
     ],
     ids=["nearest", "Residual", "gradients", "usage", "fsq"],
 )

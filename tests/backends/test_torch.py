@@ -475,11 +475,11 @@ VERBS = {
     "quantize": lambda z, c: dq.quantize(z, c, dq.STE()),
     "vjp": lambda z, c: dq.vjp(z, c, dq.Residual(dq.DiVeQ(), 2)),
     "jvp": lambda z, c: dq.jvp(z, c, z, c, dq.STE()),
-    "fsq": lambda z, c: dq.fsq(z, [5, 4, 3]),
+    "fsq": lambda z, c: dq.quantize(z, None, dq.FSQ([5, 4, 3])),
     "normalize": lambda z, c: dq.normalize(z),
     "nearest_cosine": dq.nearest_cosine,
     "codebook_loss": lambda z, c: dq.codebook_loss(z, c, torch.zeros(6, dtype=torch.int64)),
-    "gumbel_quantize": lambda z, c: dq.gumbel_quantize(z, c[:3], dq.GumbelST()),
+    "gumbel_quantize": lambda z, c: dq.quantize(z, c[:3], dq.GumbelST()),
     "linear_codebook": lambda z, c: dq.linear_codebook(z, c[:3]),
 }
 
@@ -572,8 +572,8 @@ def test_transforms_inside_a_compiled_function(name: str, backend: str):
             for e in (dq.STE(), dq.DiVeQ(), dq.Rotation(), *map(dq.Radial, (dq.PseudoHuber(0.3), MAHALANOBIS)))
         ),
         lambda z: dq.quantize(z, codebook, dq.Residual(dq.DiVeQDetach(), 2)).z_q,
-        lambda z: dq.fsq(z, [5, 4, 3]).z_q,
-        lambda z: dq.gumbel_quantize(z, words, dq.GumbelST(), noise=torch.zeros_like(z)).z_q,
+        lambda z: dq.quantize(z, None, dq.FSQ([5, 4, 3])).z_q,
+        lambda z: dq.quantize(z, words, dq.GumbelST(), noise=torch.zeros_like(z)).z_q,
     ]
 
     def all_of_them(z):
@@ -782,8 +782,8 @@ class TestTheCodebookIsOverwritten:
         logits, codebook, _ = problem()
         logits, words = torch.randn(4, 5, requires_grad=True), codebook.detach().clone()
         noise = torch.zeros(4, 5)
-        _, pullback = dq.gumbel_vjp(logits.detach(), words.clone(), dq.GumbelST(), noise=noise)
-        z_q = dq.gumbel_quantize(logits, words, dq.GumbelST(), noise=noise).z_q
+        _, pullback = dq.vjp(logits.detach(), words.clone(), dq.GumbelST(), noise=noise)
+        z_q = dq.quantize(logits, words, dq.GumbelST(), noise=noise).z_q
         words.mul_(-2.0)
         z_q.backward(z_q.detach())
         assert_equal(logits.grad, pullback(z_q.detach())[0], **CLOSE)

@@ -14,7 +14,7 @@ from diveq_core.codebook.first_curve import tour
 from diveq_core.codebook.linear import linear_codebook, linear_codebook_vjp
 from diveq_core.curve import project
 from diveq_core.diagnostics import usage
-from diveq_core.estimators.space_filling import CurveNoise, SpaceFilling
+from diveq_core.estimators.space_filling import CurveNoise
 from diveq_core.estimators.straight_through import STE
 from diveq_core.verbs import quantize, vjp
 
@@ -168,7 +168,6 @@ class Linear(Codebook):
 class Curve(Codebook):
     """Codewords as corners of a curve; afterwards the nearest point of the whole curve. Codes are segments."""
 
-    estimator: SpaceFilling
     continuous = True
 
     def sized(self, codewords: int, dim: int) -> Curve:

@@ -12,7 +12,8 @@ import numpy as np
 
 from diveq_core.commands.compare.layers import affine
 from diveq_core.commands.compare.quantizers import Arrays, Quantizer, Trained
-from diveq_core.estimators.fsq import fsq, fsq_vjp
+from diveq_core.estimators.fsq import FSQ
+from diveq_core.verbs import quantize, vjp
 
 if TYPE_CHECKING:
     from diveq_core.arrays.rows import Array
@@ -46,12 +47,12 @@ class Scalar(Quantizer):
 
     def train(self, parameters: Arrays, z: Array, noise: Arrays) -> Trained:
         few, in_pullback = affine(z, parameters["fsq.weight_in"], parameters["fsq.bias_in"])
-        rounded, round_pullback = fsq_vjp(few, self.levels, check_finite=False)
+        rounded, round_pullback = vjp(few, None, FSQ(self.levels), check_finite=False)
         z_q, out_pullback = affine(rounded.z_q, parameters["fsq.weight_out"], parameters["fsq.bias_out"])
 
         def pullback(g: Array) -> tuple[Array, Arrays]:
             g_rounded, g_weight_out, g_bias_out = out_pullback(g)
-            g_z, g_weight_in, g_bias_in = in_pullback(round_pullback(g_rounded))
+            g_z, g_weight_in, g_bias_in = in_pullback(round_pullback(g_rounded)[0])
             return g_z, {
                 "fsq.weight_in": g_weight_in,
                 "fsq.bias_in": g_bias_in,
@@ -63,7 +64,7 @@ class Scalar(Quantizer):
 
     def hard(self, parameters: Arrays, z: Array) -> tuple[Array, Array]:
         few, _ = affine(z, parameters["fsq.weight_in"], parameters["fsq.bias_in"])
-        rounded = fsq(few, self.levels, check_finite=False)
+        rounded = quantize(few, None, FSQ(self.levels), check_finite=False)
         return affine(rounded.z_q, parameters["fsq.weight_out"], parameters["fsq.bias_out"])[0], rounded.indices
 
     def codes(self, parameters: Arrays) -> int:

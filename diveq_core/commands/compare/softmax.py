@@ -9,12 +9,13 @@ import numpy as np
 from array_api_compat import array_namespace
 
 from diveq_core.commands.compare.quantizers import Arrays, Codebook, Trained
-from diveq_core.estimators.gumbel import GumbelST, gumbel_vjp
+from diveq_core.verbs import vjp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core.arrays.rows import Array
+    from diveq_core.estimators.gumbel import GumbelST
 
 
 def squared_distances(z: Array, codebook: Array) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
@@ -56,7 +57,7 @@ class Drawn(Codebook):
         scale = xp.exp(parameters["gumbel.log_scale"])
         squares, distance_pullback = squared_distances(z, codebook)
         logits = -scale * squares
-        out, drawn_pullback = gumbel_vjp(logits, codebook, self.gumbel, noise=noise["gumbel"], check_finite=False)
+        out, drawn_pullback = vjp(logits, codebook, self.gumbel, noise=noise["gumbel"], check_finite=False)
 
         def pullback(g: Array) -> tuple[Array, Arrays]:
             g_logits, g_drawn = drawn_pullback(g)
