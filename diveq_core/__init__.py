@@ -16,9 +16,8 @@ from diveq_core.codebook.replacement import Replaced, replace_unused
 from diveq_core.curve import Projected, decode_curve, project
 from diveq_core.diagnostics import coefficient, equivalent_loss, perplexity, positive_share, usage, used_share
 from diveq_core.directions import nearest_cosine, normalize, normalize_jvp, normalize_vjp
-from diveq_core.estimators.base import Estimator
+from diveq_core.estimators.base import Estimator, Quantizer
 from diveq_core.estimators.call import Quantized
-from diveq_core.estimators.composite import Composite
 from diveq_core.estimators.custom_radius import CustomRadius
 from diveq_core.estimators.distance import NSVQ, DiVeQ, DiVeQDetach
 from diveq_core.estimators.fsq import FSQ
@@ -42,7 +41,6 @@ __all__ = [
     "NSVQ",
     "STE",
     "Backend",
-    "Composite",
     "Cosine",
     "CurveNoise",
     "CustomRadius",
@@ -60,6 +58,7 @@ __all__ = [
     "Projected",
     "PseudoHuber",
     "Quantized",
+    "Quantizer",
     "Radial",
     "Radius",
     "Replaced",

@@ -1,4 +1,4 @@
-r"""The auxiliary losses of vector quantization, which move codewords and encoder apart from each other.
+r"""The auxiliary losses of vector quantization, one for the codewords and one for the encoder.
 
 .. math:: L + \beta \|q - \operatorname{sg}[z]\|^2 + \gamma \|z - \operatorname{sg}[q]\|^2
 
@@ -55,8 +55,8 @@ def codebook_loss(z: Array, codebook: Array, indices: Array, /, *, mask: Array |
     Notes
     -----
     The loss of a masked batch is that of the vectors the mask leaves. If it leaves none, the loss and its
-    gradient are 0. What a masked vector holds is never read, so it may be NaN and its index -1; a vector that
-    counts makes the loss NaN if it is.
+    gradient are 0. What a masked vector holds is never read: it may be NaN, and its index -1. A vector that
+    is not masked and holds NaN makes the loss NaN.
 
     References
     ----------

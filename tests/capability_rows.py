@@ -210,9 +210,9 @@ OTHERS: dict[str, Row] = {
     ),
     "linear_codebook": Row(
         lambda rng: [normal(rng, K, D), normal(rng, D, D)],
-        dq.linear_codebook,
-        dq.linear_codebook_vjp,
-        dq.linear_codebook_jvp,
+        lambda *factors: dq.linear_codebook(factors),
+        lambda *factors: dq.linear_codebook_vjp(factors),
+        lambda e, w, de, dw: dq.linear_codebook_jvp((e, w), (de, dw)),
         to=(0, 1),
     ),
     "normalize": Row(lambda rng: [normal(rng, N, D)], dq.normalize, dq.normalize_vjp, dq.normalize_jvp),
@@ -231,7 +231,7 @@ OTHERS: dict[str, Row] = {
     "ema_update": Row(
         _chosen,
         lambda z, codebook, indices: (lambda state, moved: (moved, *state))(
-            *dq.ema_update(dq.ema_init(codebook, weight=2.0), codebook, z, indices, decay=0.9)
+            *dq.ema_update(dq.ema_init(codebook, weight=2.0), z, codebook, indices, decay=0.9)
         ),
     ),
     "replace_unused": Row(

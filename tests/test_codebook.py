@@ -40,7 +40,7 @@ def test_moving_averages_are_sums_over_counts(library: Library, decay: float):
         z, _ = batch(seed)
         indices = dq.nearest(library.to(z), codebook)
         steps.append((z, library.back(indices)))
-        state, codebook = dq.ema_update(state, codebook, library.to(z), indices, decay=decay)
+        state, codebook = dq.ema_update(state, library.to(z), codebook, indices, decay=decay)
     n, expected = averages(first, steps, decay)
     # At decay 0 nothing is remembered of a codeword that the last step did not use: s / n would be 0 / 0.
     kept = (n > 0) | (decay > 0)
@@ -55,7 +55,7 @@ def test_a_moving_average_is_a_step_of_stochastic_gradient_descent(name: str):
     z, codebook = batch()
     state = dq.ema_init(library.to(codebook), weight=3.0)
     indices = dq.nearest(library.to(z), library.to(codebook))
-    state, moved = dq.ema_update(state, library.to(codebook), library.to(z), indices, decay=0.9)
+    state, moved = dq.ema_update(state, library.to(z), library.to(codebook), indices, decay=0.9)
 
     def loss(words):
         d = words[indices] - library.to(z)
@@ -83,7 +83,7 @@ def test_an_unused_codeword_keeps_its_value_bit_for_bit(library: Library):
     codebook, state = library.to(first), dq.ema_init(library.to(first))
     for seed in range(3):
         z, _ = batch(seed)
-        state, codebook = dq.ema_update(state, codebook, library.to(z), dq.nearest(library.to(z), codebook))
+        state, codebook = dq.ema_update(state, library.to(z), codebook, dq.nearest(library.to(z), codebook))
     np.testing.assert_array_equal(library.back(codebook)[-1], first[-1])
     assert (library.back(codebook)[:-1] != first[:-1]).any()
 
@@ -92,7 +92,7 @@ def test_an_unused_codeword_keeps_its_value_bit_for_bit(library: Library):
 def test_counts_are_conserved_and_codewords_stay_in_the_hull(seed: int, decay: float, weight: float):
     z, codebook = batch(seed)
     indices = dq.nearest(z, codebook)
-    state, moved = dq.ema_update(dq.ema_init(codebook, weight=weight), codebook, z, indices, decay=decay)
+    state, moved = dq.ema_update(dq.ema_init(codebook, weight=weight), z, codebook, indices, decay=decay)
     # Six numbers are added.
     np.testing.assert_allclose(state.counts.sum(), decay * 6 * weight + (1 - decay) * len(z), rtol=1e-5)
     both = np.concatenate([z, codebook])
@@ -104,9 +104,9 @@ def test_a_common_offset_costs_no_digits():
     z, codebook = batch()
     z, codebook = (np.round(x * 64) / 64 for x in (z, codebook))
     indices = dq.nearest(z, codebook)
-    _, near = dq.ema_update(dq.ema_init(codebook), codebook, z, indices)
+    _, near = dq.ema_update(dq.ema_init(codebook), z, codebook, indices)
     far, offset = codebook + np.float32(1024), np.float32(1024)
-    _, moved = dq.ema_update(dq.ema_init(far), far, z + offset, indices)
+    _, moved = dq.ema_update(dq.ema_init(far), z + offset, far, indices)
     # One unit in the last place of 1024, not of a sum of sixty of them.
     np.testing.assert_allclose(moved - offset, near, atol=1024 * 2**-23, rtol=0)
 
@@ -114,9 +114,9 @@ def test_a_common_offset_costs_no_digits():
 def test_what_is_not_finite_contributes_nothing(library: Library):
     z, codebook = batch()
     indices = dq.nearest(z, codebook)
-    expected = dq.ema_update(dq.ema_init(codebook), codebook, z[3:], indices[3:])
+    expected = dq.ema_update(dq.ema_init(codebook), z[3:], codebook, indices[3:])
     z[0], z[1, 1], indices[2] = np.nan, np.inf, -1
-    actual = dq.ema_update(dq.ema_init(library.to(codebook)), *(library.to(x) for x in (codebook, z, indices)))
+    actual = dq.ema_update(dq.ema_init(library.to(codebook)), *(library.to(x) for x in (z, codebook, indices)))
     assert_close(actual[1], expected[1], library, rtol=1e-5, atol=1e-6)
     assert_close(actual[0].counts, expected[0].counts, library, rtol=1e-6)
 
@@ -124,13 +124,13 @@ def test_what_is_not_finite_contributes_nothing(library: Library):
 def test_an_overflow_is_never_written(library: Library):
     z = np.full((4, 3), 3e38, np.float32)
     codebook = -z[:2]
-    arrays = [library.to(x) for x in (codebook, z, np.array([0, 0, 1, 1]))]
+    arrays = [library.to(x) for x in (z, codebook, np.array([0, 0, 1, 1]))]
     with np.errstate(all="ignore"):
-        state, moved = dq.ema_update(dq.ema_init(arrays[0]), *arrays)
+        state, moved = dq.ema_update(dq.ema_init(arrays[1]), *arrays)
         assert np.isfinite(library.back(moved)).all()
         assert np.isfinite(library.back(state.means)).all()
         replaced = dq.replace_unused(
-            arrays[0], library.to(np.array([1, 0], np.float32)), z=arrays[1], noise=library.to(normal(2, 5))
+            arrays[1], library.to(np.array([1, 0], np.float32)), z=arrays[0], noise=library.to(normal(2, 5))
         )
     assert np.isfinite(library.back(replaced.codebook)).all()
 
@@ -145,7 +145,7 @@ def test_small_moves_of_16_bits_add_up(library: Library, dtype: str):
     z = library.cast(library.to(np.full((8, 2), 1.25, np.float32)), cast)
     state = dq.ema_init(codebook, weight=8.0)
     for _ in range(500):
-        state, codebook = dq.ema_update(state, codebook, z, library.to(np.zeros(8, int)), decay=0.999)
+        state, codebook = dq.ema_update(state, z, codebook, library.to(np.zeros(8, int)), decay=0.999)
     assert codebook.dtype == cast
     # Each move is a hundredth of what the codebook resolves. Its resolution is left.
     expected = 1.25 - 0.25 * 0.999**500
@@ -157,8 +157,8 @@ def test_a_codebook_changed_in_between_takes_precedence(library: Library):
     state = dq.ema_init(library.to(codebook))
     changed = library.to(codebook + 1)
     indices = dq.nearest(library.to(z), changed)
-    expected = dq.ema_update(dq.ema_init(changed), changed, library.to(z), indices)
-    actual = dq.ema_update(state, changed, library.to(z), indices)
+    expected = dq.ema_update(dq.ema_init(changed), library.to(z), changed, indices)
+    actual = dq.ema_update(state, library.to(z), changed, indices)
     assert_close(actual[1], library.back(expected[1]), library)
 
 
@@ -167,13 +167,13 @@ def test_ranks_move_as_one(library: Library, count: int):
     z, codebook = batch(rows=61)
     in_threads(library)
     indices = dq.nearest(z, codebook)
-    whole = dq.ema_update(dq.ema_init(codebook), codebook, z, indices)
+    whole = dq.ema_update(dq.ema_init(codebook), z, codebook, indices)
     simulated = Simulated(count)
 
     def work(rank, all_reduce):
         mine = slice(rank, None, count)
-        arrays = [library.to(x) for x in (codebook, z[mine], indices[mine])]
-        return dq.ema_update(dq.ema_init(arrays[0]), *arrays, all_reduce=all_reduce)
+        arrays = [library.to(x) for x in (z[mine], codebook, indices[mine])]
+        return dq.ema_update(dq.ema_init(arrays[1]), *arrays, all_reduce=all_reduce)
 
     ranks = simulated.run(work)
     assert simulated.calls == 1
@@ -186,8 +186,8 @@ def test_ranks_move_as_one(library: Library, count: int):
 
 def test_nothing_to_count(library: Library):
     _, codebook = batch()
-    empty = library.to(np.zeros((0, 3), np.float32)), library.to(np.zeros(0, int))
-    state, moved = dq.ema_update(dq.ema_init(library.to(codebook)), library.to(codebook), *empty)
+    z, indices = library.to(np.zeros((0, 3), np.float32)), library.to(np.zeros(0, int))
+    state, moved = dq.ema_update(dq.ema_init(library.to(codebook)), z, library.to(codebook), indices)
     assert_close(moved, codebook, library)
     assert_close(state.counts, np.zeros(6, np.float32), library)
 
@@ -336,7 +336,7 @@ def test_under_jit():
     @jax.jit
     def step(state, codebook, z):
         indices = dq.nearest(z, codebook)
-        state, codebook = dq.ema_update(state, codebook, z, indices)
+        state, codebook = dq.ema_update(state, z, codebook, indices)
         return dq.replace_unused(codebook, dq.usage(indices, 6), z=z, noise=noise, state=state)
 
     replaced = step(dq.ema_init(codebook), codebook, z)
@@ -350,7 +350,7 @@ def test_under_jit():
 def test_no_gradient_flows_through_upkeep():
     library = library_named("torch")
     z, codebook = (library.to(x).requires_grad_() for x in batch())
-    state, moved = dq.ema_update(dq.ema_init(codebook), codebook, z, dq.nearest(z, codebook))
+    state, moved = dq.ema_update(dq.ema_init(codebook), z, codebook, dq.nearest(z, codebook))
     replaced = dq.replace_unused(codebook, state.counts, z=z, noise=library.to(normal(6, 5)))
     assert not any(x.requires_grad for x in (moved, *state, replaced.codebook))
 
@@ -360,21 +360,21 @@ def test_errors(library: Library):
     indices, state = dq.nearest(z, codebook), dq.ema_init(codebook)
     for wrong in (1.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"^ema_update: decay must lie in \[0, 1\), got"):
-            dq.ema_update(state, codebook, z, indices, decay=wrong)
+            dq.ema_update(state, z, codebook, indices, decay=wrong)
     with pytest.raises(TypeError, match=r"^ema_update: decay must be a real number, got builtins\.str$"):
-        dq.ema_update(state, codebook, z, indices, decay="0.9")
+        dq.ema_update(state, z, codebook, indices, decay="0.9")
     with pytest.raises(TypeError, match=r"^ema_update: state must be an EMAState, as ema_init gives it, got"):
-        dq.ema_update(None, codebook, z, indices)
+        dq.ema_update(None, z, codebook, indices)
     with pytest.raises(ValueError, match=r"^ema_update: state.counts must have the shape of codebook without"):
-        dq.ema_update(state._replace(counts=state.counts[:2]), codebook, z, indices)
+        dq.ema_update(state._replace(counts=state.counts[:2]), z, codebook, indices)
     with pytest.raises(ValueError, match=r"^ema_update: indices must have the shape of z without its last axis"):
-        dq.ema_update(state, codebook, z, indices[:2])
+        dq.ema_update(state, z, codebook, indices[:2])
     with pytest.raises(TypeError, match=r"^ema_update: indices must have an integer dtype, got"):
-        dq.ema_update(state, codebook, z, z[:, 0])
+        dq.ema_update(state, z, codebook, z[:, 0])
     with pytest.raises(TypeError, match=r"^ema_update: all_reduce must be a function that sums .*, got builtins\.int$"):
-        dq.ema_update(state, codebook, z, indices, all_reduce=1)
+        dq.ema_update(state, z, codebook, indices, all_reduce=1)
     with pytest.raises(ValueError, match=r"^ema_update: all_reduce must return an array like its argument, .*, got"):
-        dq.ema_update(state, codebook, z, indices, all_reduce=lambda x: x[:1, :])
+        dq.ema_update(state, z, codebook, indices, all_reduce=lambda x: x[:1, :])
     with pytest.raises(ValueError, match=r"^ema_init: weight must lie in \[0, inf\), got -1\.0$"):
         dq.ema_init(codebook, weight=-1)
     with pytest.raises(ValueError, match=r"^replace_unused: jitter must be > 0 without z"):
@@ -394,14 +394,14 @@ def test_numpy_refuses_indices_out_of_range():
             rf"^ema_update: indices must lie in \[0, K\) with K = 6, or be -1 .*, got values from {wrong} to {wrong}$"
         )
         with pytest.raises(ValueError, match=text):
-            dq.ema_update(dq.ema_init(codebook), codebook, z, np.full(60, wrong))
+            dq.ema_update(dq.ema_init(codebook), z, codebook, np.full(60, wrong))
 
 
 def test_float64(library: Library):
     with float64_in(library), warnings.catch_warnings():
         z, codebook = (library.to(x.astype(np.float64)) for x in batch())
         indices = dq.nearest(z, codebook)
-        state, moved = dq.ema_update(dq.ema_init(codebook), codebook, z, indices)
+        state, moved = dq.ema_update(dq.ema_init(codebook), z, codebook, indices)
         n, expected = averages(library.back(codebook), [(library.back(z), library.back(indices))], 0.99)
         assert_close(moved, expected, library, rtol=1e-12, atol=1e-13)
         assert_close(state.counts, n, library, rtol=1e-12)

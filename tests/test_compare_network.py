@@ -160,7 +160,7 @@ def torch_quantized(torch, name, quantizer, own, z, noise):
         words = own["codebook"]
         logits = -torch.exp(own["gumbel.log_scale"]) * torch.sum((z[:, None] - words) ** 2, dim=2)
         return dq.quantize(logits, words, quantizer.gumbel, noise=noise["gumbel"]).z_q, auxiliary
-    codebook = dq.linear_codebook(own["frozen"].detach(), own["weight"]) if name == "linear" else own["codebook"]
+    codebook = dq.linear_codebook((own["frozen"].detach(), own["weight"])) if name == "linear" else own["codebook"]
     estimator, drawn = quantizer.estimator, noise.get("normal")
     if name in ("residual", "product"):
         estimator = dq.Residual(estimator, 2) if name == "residual" else dq.Product(estimator, 2)

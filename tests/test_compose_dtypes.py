@@ -250,7 +250,7 @@ def test_indices_of_any_integer_dtype(dtype: str, library: Library) -> None:
         for loss in (dq.codebook_loss, dq.commitment_loss):
             # A sum of sixteen squares in float32.
             np.testing.assert_allclose(library.back(loss(z_, one, single)), error, rtol=1e-6)
-        _, moved = dq.ema_update(dq.ema_init(one), one, z_, single)
+        _, moved = dq.ema_update(dq.ema_init(one), z_, one, single)
         changed = np.flatnonzero(np.any(library.back(moved) != words[0], axis=1))
         np.testing.assert_array_equal(changed, [3, last])
         levels = [17, 17]
@@ -273,7 +273,7 @@ def test_truth_values_are_no_indices(library: Library) -> None:
         lambda: dq.quantize(z, one, dq.STE(), indices=single),
         lambda: dq.usage(single, K),
         lambda: dq.codebook_loss(z, one, single),
-        lambda: dq.ema_update(dq.ema_init(one), one, z, single),
+        lambda: dq.ema_update(dq.ema_init(one), z, one, single),
         lambda: dq.decode(single, None, dq.FSQ([3])),
         lambda: dq.decode_curve(single, library.to(np.zeros(2, "f4")), one),
     ):
@@ -292,7 +292,7 @@ def test_what_is_out_of_range_is_nothing_where_it_is_not_refused(name: str, dtyp
             found = library.back(dq.lookup(indices, words))
             np.testing.assert_array_equal(found, [[1, 1], [np.nan, np.nan]])
             np.testing.assert_array_equal(library.back(dq.usage(indices, K)), np.eye(K)[1])
-            _, moved = dq.ema_update(dq.ema_init(words), words, library.to(np.full((2, 2), 3.0, "f4")), indices)
+            _, moved = dq.ema_update(dq.ema_init(words), library.to(np.full((2, 2), 3.0, "f4")), words, indices)
             np.testing.assert_array_equal(library.back(moved), np.where(np.arange(K)[:, None] == 1, 3, 1) * np.ones(2))
             # In a later stage it is no dropped one.
             staged = of_integers(library, [[1, index]], dtype)

@@ -31,7 +31,7 @@ def problem() -> dict[str, np.ndarray]:
 def upkeep(z, codebook, noise, seeds, all_reduce=None):
     """What is to be the same on every device: all that depends on vectors of others."""
     indices = dq.nearest(z, codebook)
-    state, moved = dq.ema_update(dq.ema_init(codebook), codebook, z, indices, all_reduce=all_reduce)
+    state, moved = dq.ema_update(dq.ema_init(codebook), z, codebook, indices, all_reduce=all_reduce)
     by_use = dq.replace_unused(moved, state.counts, noise=noise, state=state)
     by_batch = dq.replace_unused(moved, state.counts, z=z, noise=noise, jitter=0.0, all_reduce=all_reduce)
     found = dq.kmeans(z, 3, iterations=3, noise=seeds, all_reduce=all_reduce)

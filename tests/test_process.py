@@ -105,7 +105,7 @@ class TestTorch:
             out = dq.quantize(z, codebook, estimator, noise=given)
             out.z_q.float().square().sum().backward()
             results += [out.z_q.detach(), out.indices]
-        state, words = dq.ema_update(dq.ema_init(codebook), codebook, z, results[0])
+        state, words = dq.ema_update(dq.ema_init(codebook), z, codebook, results[0])
         results += [*state, words, dq.usage(results[0], 5), dq.lookup(results[0], codebook)]
         for x in (z, codebook, noise, z.grad, codebook.grad, *results):
             assert x.untyped_storage().resizable()

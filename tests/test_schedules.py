@@ -21,7 +21,7 @@ def problem() -> tuple[list[np.ndarray], list[float]]:
 
 def upkeep(z: Any, codebook: Any, noise: Any, weight: Any, decay: Any, threshold: Any, jitter: Any) -> list[Any]:
     indices = dq.nearest(z, codebook)
-    state, moved = dq.ema_update(dq.ema_init(codebook, weight=weight), codebook, z, indices, decay=decay)
+    state, moved = dq.ema_update(dq.ema_init(codebook, weight=weight), z, codebook, indices, decay=decay)
     options = {"threshold": threshold, "jitter": jitter, "state": state}
     new = dq.replace_unused(moved, state.counts, z=z, noise=noise, **options)
     return [moved, new.codebook, new.state.counts, new.state.means]

@@ -86,7 +86,7 @@ def test_moving_averages_of_the_largest_numbers(library: Library, dtype: str, la
     z = np.array([[largest, -largest]] * 50, dtype)
     with float64_in(library) if dtype == "float64" else contextlib.nullcontext():
         words = library.to(codebook)
-        state, moved = dq.ema_update(dq.ema_init(words), words, library.to(z), library.to(np.zeros(50, int)))
+        state, moved = dq.ema_update(dq.ema_init(words), library.to(z), words, library.to(np.zeros(50, int)))
         moved, means = library.back(moved), library.back(state.means)
     # Fifty differences of twice the size are added.
     np.testing.assert_allclose(moved[0], z[0], rtol=100 * np.finfo(dtype).eps)
@@ -98,13 +98,13 @@ def test_vectors_far_beyond_the_codebook_move_it() -> None:
     z = np.full((50, 2), 3e38, np.float32)
     for value in (0.0, 1.0):
         words = np.full((1, 2), value, np.float32)
-        _, moved = dq.ema_update(dq.ema_init(words), words, z, np.zeros(50, int))
+        _, moved = dq.ema_update(dq.ema_init(words), z, words, np.zeros(50, int))
         np.testing.assert_allclose(moved, z[:1], rtol=1e-6)
 
 
 def test_a_mean_beyond_its_dtype_is_not_written() -> None:
     codebook, z = np.ones((2, 2), np.float16), np.full((4, 2), 1e5, np.float32)
-    state, moved = dq.ema_update(dq.ema_init(codebook), codebook, z, np.zeros(4, int))
+    state, moved = dq.ema_update(dq.ema_init(codebook), z, codebook, np.zeros(4, int))
     np.testing.assert_array_equal(moved, codebook)
     np.testing.assert_array_equal(state.means, codebook)
 
@@ -258,7 +258,7 @@ def test_upkeep_that_changes_nothing_is_a_copy(library_name: str) -> None:
     z, codebook = (library.to(x.astype(np.float32)) for x in (normal(N, D), normal(K, D)))
     nobody, counts = library.to(np.full(N, -1)), library.to(np.ones(K, np.float32))
     state = dq.ema_init(codebook)
-    later, moved = dq.ema_update(state, codebook, z, nobody)
+    later, moved = dq.ema_update(state, z, codebook, nobody)
     replaced = dq.replace_unused(codebook, counts, noise=library.to(normal(K, D + 2).astype("f4")), state=state)
     found = dq.kmeans(z, codebook, iterations=0)
     outs = [*state, *later, moved, replaced.codebook, *replaced.state, found.codebook]
@@ -317,7 +317,7 @@ def everything(library: Library, rank: int, all_reduce, seed: int | None = None)
         return {"rng": np.random.default_rng(seed)}
 
     options = {"all_reduce": all_reduce}
-    later, moved = dq.ema_update(state, codebook, z, indices, **options)
+    later, moved = dq.ema_update(state, z, codebook, indices, **options)
     by_use = dq.replace_unused(codebook, counts, state=state, **draws(K, D + 2), **options)
     by_batch = dq.replace_unused(codebook, counts, z=z, **draws(K, D + 2), **options)
     found = dq.kmeans(z, codebook, iterations=2, **options)
@@ -429,7 +429,7 @@ def test_a_wrong_sum_is_refused() -> None:
         (lambda x: x * np.nan, "sums of what it is given, got NaN"),
     ]:
         with pytest.raises(ValueError, match=f"^ema_update: all_reduce must return .*{text}"):
-            dq.ema_update(state, codebook, z, indices, all_reduce=wrong)
+            dq.ema_update(state, z, codebook, indices, all_reduce=wrong)
 
 
 @pytest.mark.parametrize("name", ["torch", "jax"])
@@ -437,12 +437,12 @@ def test_nothing_that_is_not_finite_enters_the_state(name: str) -> None:
     library = library_named(name)
     z, codebook = (library.to(x.astype(np.float32)) for x in (normal(N, D), normal(K, D)))
     state = dq.ema_init(codebook, weight=1.0)
-    later, moved = dq.ema_update(state, codebook, z, dq.nearest(z, codebook), all_reduce=lambda x: x * float("nan"))
+    later, moved = dq.ema_update(state, z, codebook, dq.nearest(z, codebook), all_reduce=lambda x: x * float("nan"))
     np.testing.assert_array_equal(library.back(moved), library.back(codebook))
     assert np.isfinite(library.back(later.counts)).all()
     spoilt = state._replace(counts=state.counts * float("nan"), means=state.means * float("nan"))
-    expected = dq.ema_update(dq.ema_init(codebook), codebook, z, dq.nearest(z, codebook))
-    actual = dq.ema_update(spoilt, codebook, z, dq.nearest(z, codebook))
+    expected = dq.ema_update(dq.ema_init(codebook), z, codebook, dq.nearest(z, codebook))
+    actual = dq.ema_update(spoilt, z, codebook, dq.nearest(z, codebook))
     np.testing.assert_array_equal(library.back(actual[1]), library.back(expected[1]))
     np.testing.assert_array_equal(library.back(actual[0].counts), library.back(expected[0].counts))
 
@@ -460,7 +460,7 @@ def test_rows_are_taken_in_blocks(dtype: str) -> None:
     state, noise = dq.ema_init(codebook), normal(32, 18).astype("f4")
     unused, start = np.zeros(32, np.float32), np.nan_to_num(z[:32].astype("f4")).astype(dtype)
     calls = [
-        (0.7, lambda: dq.ema_update(state, codebook, z, indices)),
+        (0.7, lambda: dq.ema_update(state, z, codebook, indices)),
         (0.7, lambda: dq.replace_unused(codebook, unused, z=z, noise=noise)),
         (0.7, lambda: dq.replace_unused(codebook, unused, z=z, noise=noise, all_reduce=lambda x: x)),
         (0.7, lambda: dq.usage(indices, 32)),
@@ -507,7 +507,7 @@ def test_a_codebook_of_stages_is_told_what_to_do() -> None:
     state = dq.ema_init(codebook[0])
     calls = [
         lambda: dq.ema_init(codebook),
-        lambda: dq.ema_update(state, codebook, z, indices),
+        lambda: dq.ema_update(state, z, codebook, indices),
         lambda: dq.replace_unused(codebook, np.ones((2, K)), rng=np.random.default_rng(0)),
     ]
     for call in calls:

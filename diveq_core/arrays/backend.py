@@ -279,5 +279,6 @@ class Backend:
         """Gradients of ln r(q, z) to q and z by the library's automatic differentiation."""
         raise TypeError(
             f"Radial: {self.name} has no automatic differentiation, so a radius given by its value alone has no "
-            f"gradient there; expected log_gradients(q, z) -> (d ln r/dq, d ln r/dz) besides r, got None"
+            f"gradient there; expected CustomRadius(r, log_r_gradients) with log_r_gradients(q, z) -> (d ln r/dq, "
+            f"d ln r/dz), got r alone"
         )

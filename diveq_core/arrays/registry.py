@@ -101,7 +101,10 @@ def quiet(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> T:
-        found = (_registered(x) for x in args)
+        # Also those of a pair of arrays.
+        found = (
+            _registered(x) for argument in args for x in (argument if isinstance(argument, tuple) else (argument,))
+        )
         lib = next((backend for backend in found if backend is not None), None)
         if lib is None:
             return function(*args, **options)

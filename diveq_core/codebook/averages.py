@@ -82,8 +82,8 @@ def ema_init(codebook: Array, /, *, weight: float | Array = 0.0) -> EMAState:
 @quiet
 def ema_update(
     state: EMAState,
-    codebook: Array,
     z: Array,
+    codebook: Array,
     indices: Array,
     /,
     *,
@@ -100,10 +100,10 @@ def ema_update(
     ----------
     state : EMAState
         From `ema_init` or the step before.
-    codebook : array (K, D)
-        Where it is not what the step before returned, a gradient step or a replacement say, it takes precedence.
     z : array (..., D)
         Vectors that chose; one that is not finite contributes nothing.
+    codebook : array (K, D)
+        Where it is not what the step before returned, a gradient step or a replacement say, it takes precedence.
     indices : integer array (...)
         As `nearest` gives them; -1 contributes nothing.
     decay : float or array (), default 0.99
@@ -146,7 +146,7 @@ def ema_update(
     >>> import diveq_core as dq
     >>> codebook, z = np.array([[0.0], [5.0]]), np.array([[1.0], [3.0]])
     >>> state = dq.ema_init(codebook)
-    >>> state, codebook = dq.ema_update(state, codebook, z, dq.nearest(z, codebook), decay=0.5)
+    >>> state, codebook = dq.ema_update(state, z, codebook, dq.nearest(z, codebook), decay=0.5)
     >>> codebook
     array([[1.],
            [3.]])

@@ -17,12 +17,12 @@ from diveq_core.arrays.checks import (
 )
 from diveq_core.arrays.draws import normal
 from diveq_core.arrays.registry import backend_of, quiet
+from diveq_core.arrays.rows import Array, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core.arrays.backend import Backend
-    from diveq_core.arrays.rows import Array
 
 
 class LinearCodebook(NamedTuple):
@@ -33,6 +33,9 @@ class LinearCodebook(NamedTuple):
 
     weight: Array
     """W, (D, D), which is."""
+
+
+Factors = LinearCodebook | tuple[Array, Array]
 
 
 @quiet
@@ -86,17 +89,15 @@ def linear_codebook_init(like: Array, count: int, /, *, noise: Array | None = No
 
 
 @quiet
-def linear_codebook(frozen: Array, weight: Array, /) -> Array:
+def linear_codebook(factors: Factors, /) -> Array:
     r"""The codebook of the two factors; differentiable in libraries that differentiate.
 
     .. math:: C = E W
 
     Parameters
     ----------
-    frozen : array (K, D)
-        E. Stop its gradient, or leave it out of the optimizer.
-    weight : array (D, D)
-        W, of the same dtype.
+    factors : LinearCodebook, or a pair of arrays (K, D) and (D, D)
+        E and W, of one dtype. Stop the gradient of E, or leave it out of the optimizer.
 
     Returns
     -------
@@ -112,30 +113,30 @@ def linear_codebook(frozen: Array, weight: Array, /) -> Array:
     --------
     >>> import numpy as np
     >>> import diveq_core as dq
-    >>> dq.linear_codebook(np.array([[1.0, 2.0]]), np.array([[0.0, 1.0], [1.0, 0.0]]))
+    >>> dq.linear_codebook((np.array([[1.0, 2.0]]), np.array([[0.0, 1.0], [1.0, 0.0]])))
     array([[2., 1.]])
     """
-    lib = _check_factors("linear_codebook", frozen, weight)
+    lib, frozen, weight = _checked_factors("linear_codebook", "factors", factors)
     return _product(lib, frozen, weight)
 
 
 @quiet
-def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+def linear_codebook_vjp(factors: Factors, /) -> tuple[Array, Callable[[Array], LinearCodebook]]:
     r"""The codebook and its pullback; works in every library.
 
     .. math:: g_E = g_C W^\top, \qquad g_W = E^\top g_C
 
     Parameters
     ----------
-    frozen, weight
+    factors
         As in `linear_codebook`.
 
     Returns
     -------
     codebook : array (K, D)
     pullback : callable
-        ``pullback(g_codebook)`` takes what the pullback of `vjp` gives, (K, D), and returns ``(g_frozen, g_weight)``,
-        (K, D) and (D, D). Both factors may have been overwritten by then.
+        ``pullback(g_codebook)`` takes what the pullback of `vjp` gives, (K, D), and returns the cotangents of both
+        factors, a `LinearCodebook`. Both factors may have been overwritten by then.
 
     Raises
     ------
@@ -146,35 +147,37 @@ def linear_codebook_vjp(frozen: Array, weight: Array, /) -> tuple[Array, Callabl
     --------
     >>> import numpy as np
     >>> import diveq_core as dq
-    >>> codebook, pullback = dq.linear_codebook_vjp(np.array([[1.0, 2.0]]), np.eye(2))
-    >>> pullback(np.array([[1.0, 0.0]]))[1]
+    >>> codebook, pullback = dq.linear_codebook_vjp((np.array([[1.0, 2.0]]), np.eye(2)))
+    >>> pullback(np.array([[1.0, 0.0]])).weight
     array([[1., 0.],
            [2., 0.]])
     """
-    lib = _check_factors("linear_codebook_vjp", frozen, weight)
+    lib, frozen, weight = _checked_factors("linear_codebook_vjp", "factors", factors)
     product = _product(lib, frozen, weight)
     frozen, weight = lib.snapshot(frozen), lib.snapshot(weight)
 
-    def pullback(g: Array, /) -> tuple[Array, Array]:
+    def pullback(g: Array, /) -> LinearCodebook:
         check_like(lib, "pullback", "g", g, frozen, "codebook")
         g = lib.astype(g, frozen.dtype)
         transposed = lib.xp.permute_dims
-        return _product(lib, g, transposed(weight, (1, 0))), _product(lib, transposed(frozen, (1, 0)), g)
+        return LinearCodebook(
+            _product(lib, g, transposed(weight, (1, 0))), _product(lib, transposed(frozen, (1, 0)), g)
+        )
 
     return product, pullback
 
 
 @quiet
-def linear_codebook_jvp(frozen: Array, weight: Array, dfrozen: Array, dweight: Array, /) -> tuple[Array, Array]:
+def linear_codebook_jvp(factors: Factors, dfactors: Factors, /) -> tuple[Array, Array]:
     r"""The codebook and its tangent; works in every library.
 
     .. math:: dC = dE\,W + E\,dW
 
     Parameters
     ----------
-    frozen, weight
+    factors
         As in `linear_codebook`.
-    dfrozen, dweight : array (K, D), (D, D)
+    dfactors : LinearCodebook, or a pair of arrays (K, D) and (D, D)
         Their tangents.
 
     Returns
@@ -190,10 +193,12 @@ def linear_codebook_jvp(frozen: Array, weight: Array, dfrozen: Array, dweight: A
     --------
     >>> import numpy as np
     >>> import diveq_core as dq
-    >>> dq.linear_codebook_jvp(np.array([[2.0]]), np.array([[3.0]]), np.array([[1.0]]), np.array([[10.0]]))[1]
+    >>> factors, dfactors = (np.array([[2.0]]), np.array([[3.0]])), (np.array([[1.0]]), np.array([[10.0]]))
+    >>> dq.linear_codebook_jvp(factors, dfactors)[1]
     array([[23.]])
     """
-    lib = _check_factors("linear_codebook_jvp", frozen, weight)
+    lib, frozen, weight = _checked_factors("linear_codebook_jvp", "factors", factors)
+    dfrozen, dweight = _pair("linear_codebook_jvp", "dfactors", dfactors)
     for name, x, like in (("dfrozen", dfrozen, frozen), ("dweight", dweight, weight)):
         check_like(lib, "linear_codebook_jvp", name, x, like, name[1:])
     by_frozen = _product(lib, lib.astype(dfrozen, frozen.dtype), weight)
@@ -206,11 +211,21 @@ def _product(lib: Backend, a: Array, b: Array) -> Array:
     return lib.astype(lib.matmul(lib.astype(a, wide), lib.astype(b, wide)), a.dtype)
 
 
-def _check_factors(function: str, frozen: Array, weight: Array) -> Backend:
+def _checked_factors(function: str, name: str, factors: Factors) -> tuple[Backend, Array, Array]:
+    frozen, weight = _pair(function, name, factors)
     lib = backend_of(function, frozen=frozen, weight=weight)
     check_floating(lib, function, frozen=frozen, weight=weight)
     check_codebook(function, tuple(frozen.shape))
     check_shape(function, "weight", weight, (frozen.shape[1], frozen.shape[1]), "a square of frozen's width")
     if frozen.dtype != weight.dtype:
         raise TypeError(f"{function}: weight must have the dtype of frozen, {frozen.dtype}, got {weight.dtype}")
-    return lib
+    return lib, frozen, weight
+
+
+def _pair(function: str, name: str, factors: Factors) -> tuple[Array, Array]:
+    if not isinstance(factors, tuple) or len(factors) != 2:
+        raise TypeError(
+            f"{function}: {name} must be a LinearCodebook, or a pair of its arrays, got {describe(factors)}"
+        )
+    frozen, weight = factors
+    return frozen, weight

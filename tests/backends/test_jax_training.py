@@ -61,7 +61,7 @@ def test_flax_parameters():
     z, words = (jnp.asarray(np.random.default_rng(0).standard_normal((n, 3)), "float32") for n in (6, 4))
     codebook = nnx.Param(words)
     np.testing.assert_array_equal(dq.nearest(z, codebook), dq.nearest(z, words))
-    state, moved = dq.ema_update(dq.ema_init(codebook), codebook, z, dq.nearest(z, codebook))
+    state, moved = dq.ema_update(dq.ema_init(codebook), z, codebook, dq.nearest(z, codebook))
     assert isinstance(moved, jax.Array)
     assert isinstance(state.means, jax.Array)
     gradient = nnx.grad(lambda c: (dq.quantize(z, c, dq.DiVeQDetach()).z_q ** 2).sum())(codebook)
@@ -71,7 +71,7 @@ def test_flax_parameters():
 
 def upkeep(z, codebook, noise, weight, decay, threshold, jitter):
     indices = dq.nearest(z, codebook)
-    state, moved = dq.ema_update(dq.ema_init(codebook, weight=weight), codebook, z, indices, decay=decay)
+    state, moved = dq.ema_update(dq.ema_init(codebook, weight=weight), z, codebook, indices, decay=decay)
     return moved, dq.replace_unused(
         moved, state.counts, z=z, noise=noise, threshold=threshold, jitter=jitter, state=state
     )

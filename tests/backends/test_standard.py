@@ -76,7 +76,7 @@ def test_the_upkeep_of_a_codebook_neither(version: str):
     def upkeep(to):
         found = dq.kmeans(to(z), to(codebook), iterations=3)
         counts = dq.usage(found.indices, 6)
-        state, words = dq.ema_update(dq.ema_init(to(codebook)), to(codebook), to(z), found.indices)
+        state, words = dq.ema_update(dq.ema_init(to(codebook)), to(z), to(codebook), found.indices)
         replaced = dq.replace_unused(
             words, counts, z=to(z), threshold=0.9, noise=to(np.hstack([noise[:6], noise[6:12, :2]]))
         )

@@ -480,7 +480,7 @@ VERBS = {
     "nearest_cosine": dq.nearest_cosine,
     "codebook_loss": lambda z, c: dq.codebook_loss(z, c, torch.zeros(6, dtype=torch.int64)),
     "gumbel_quantize": lambda z, c: dq.quantize(z, c[:3], dq.GumbelST()),
-    "linear_codebook": lambda z, c: dq.linear_codebook(z, c[:3]),
+    "linear_codebook": lambda z, c: dq.linear_codebook((z, c[:3])),
 }
 
 
@@ -697,7 +697,7 @@ def test_copies_of_a_matrix_compile_once(transformed: bool):
 
 def moved_by_averages(codebook, z, indices):
     """What moving averages write, far from what was there."""
-    return dq.ema_update(dq.ema_init(codebook), codebook, z.detach(), indices, decay=0.1)[1] * 3
+    return dq.ema_update(dq.ema_init(codebook), z.detach(), codebook, indices, decay=0.1)[1] * 3
 
 
 class TestTheCodebookIsOverwritten:

@@ -133,7 +133,7 @@ class Averaged(Codebook):
     def keep_up(self, parameters: Arrays, z: Array, indices: Array) -> Arrays:
         # In float64 the means are the codebook.
         state = EMAState(parameters["ema.counts"], parameters["codebook"])
-        state, codebook = ema_update(state, parameters["codebook"], z, indices, decay=self.decay)
+        state, codebook = ema_update(state, z, parameters["codebook"], indices, decay=self.decay)
         return parameters | {"codebook": codebook, "ema.counts": state.counts}
 
 
@@ -148,17 +148,17 @@ class Linear(Codebook):
         return {"frozen": codewords, "weight": np.eye(codewords.shape[1])}
 
     def train(self, parameters: Arrays, z: Array, noise: Arrays) -> Trained:
-        codebook, factors_pullback = linear_codebook_vjp(parameters["frozen"], parameters["weight"])
+        codebook, factors_pullback = linear_codebook_vjp((parameters["frozen"], parameters["weight"]))
         out = super().train({"codebook": codebook}, z, noise)
 
         def pullback(g: Array) -> tuple[Array, Arrays]:
             g_z, gradients = out.pullback(g)
-            return g_z, {"weight": factors_pullback(gradients["codebook"])[1]}
+            return g_z, {"weight": factors_pullback(gradients["codebook"]).weight}
 
         return out._replace(pullback=pullback)
 
     def hard(self, parameters: Arrays, z: Array) -> tuple[Array, Array]:
-        return super().hard({"codebook": linear_codebook(parameters["frozen"], parameters["weight"])}, z)
+        return super().hard({"codebook": linear_codebook((parameters["frozen"], parameters["weight"]))}, z)
 
     def codes(self, parameters: Arrays) -> int:
         return int(parameters["frozen"].shape[0])
