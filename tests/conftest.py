@@ -37,7 +37,7 @@ _NEEDED = {
     "test_compare_data.py": _COMMANDS,
     "test_bench.py": _COMMANDS,
     "test_bars.py": _COMMANDS,
-    "test_break_the_mathematics.py": ("torch",),
+    "test_mutants.py": ("torch",),
 }
 
 
