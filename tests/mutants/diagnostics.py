@@ -9,7 +9,7 @@ MUTANTS = (
         "usage: one sum of ones",
         "flat.shape[0] <= _COUNTED_AT_ONCE",
         "flat.shape[0] > 0",
-        "test_upkeep.py beyond_the_whole",
+        "test_diagnostics.py beyond_the_whole",
     ),
     Mutant(
         "coefficient: z added",
@@ -21,7 +21,7 @@ MUTANTS = (
         "positive share: zero is positive",
         "lib.astype(c > 0,",
         "lib.astype(c >= 0,",
-        "test_definitions.py nothing_is_not_positive",
+        "test_diagnostics.py nothing_is_not_positive",
     ),
     Mutant(
         "equivalent loss: the coefficient carries gradient",

@@ -69,7 +69,7 @@ MUTANTS = (
         "NumPy: underflow is raised",
         'with np.errstate(all="ignore"):',
         'with np.errstate(over="ignore", invalid="ignore"):',
-        "test_upkeep.py nothing_is_raised and GumbelST",
+        "test_errstate.py nothing_is_raised and GumbelST",
         within="NumPyBackend.call",
     ),
 )

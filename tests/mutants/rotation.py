@@ -9,7 +9,7 @@ MUTANTS = (
         "torch: gradients of zeros for a codebook that gets none",
         "return type(self) is not Rotation",
         "return True",
-        "test_torch.py weight_decay",
+        "test_torch_overwritten.py weight_decay",
     ),
     Mutant("rotation: R for its transpose", "(g, -1.0), None", "(g, 1.0), None", "test_rotation.py torch"),
     Mutant(

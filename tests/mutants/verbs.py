@@ -9,7 +9,7 @@ MUTANTS = (
         "the pullback reads the indices late",
         "else (lib.snapshot(codebook), lib.snapshot(call.indices))",
         "else (lib.snapshot(codebook), call.indices)",
-        "test_upkeep.py indices_given_back",
+        "test_memory.py indices_given_back",
     ),
     Mutant(
         "the pullback reads the codebook late",

@@ -11,7 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import Library
+    from libraries import Library
 
 
 def in_threads(library: Library) -> None:

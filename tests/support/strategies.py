@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from conftest import Library
+    from libraries import Library
 
 
 # Few, because JAX compiles for each: (shape of z, K). With one row, one column and one codeword among them.

@@ -1,24 +1,24 @@
-"""The tables of what works where, made by trying it: ``python tests/capabilities.py`` writes docs/capabilities.md."""
+"""The tables of what works where, made by trying it.
+
+``python tests/support/capabilities.py`` writes docs/capabilities.md.
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 from capability_rows import ESTIMATORS, ROWS, Row, listed
-from conftest import LIBRARIES, Library
+from libraries import LIBRARIES, Library
 from transformations import TRANSFORMATIONS, transformed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-PAGE = Path(__file__).parents[1] / "docs" / "capabilities.md"
+PAGE = Path(__file__).parents[2] / "docs" / "capabilities.md"
 
 
 def _same(row: Row, library: Library, actual: Any, expected: Any) -> None:
@@ -117,10 +117,10 @@ def page(before: str) -> str:
         [
             "# What works where",
             "",
-            "Written by `python tests/capabilities.py`, and held to by the tests: each word stands for a comparison",
-            "with NumPy's numbers, from the same arrays and the same noise, that was made and passed. `vjp` and `jvp`",
-            "are the explicit verbs, `autodiff` is the library's own, and `decode` goes back from what is stored.",
-            "`not run` means that no machine with a GPU was at hand.",
+            "Written by `python tests/support/capabilities.py`, and held to by the tests: each word stands for a",
+            "comparison with NumPy's numbers, from the same arrays and the same noise, that was made and passed.",
+            "`vjp` and `jvp` are the explicit verbs, `autodiff` is the library's own, and `decode` goes back from",
+            "what is stored. `not run` means that no machine with a GPU was at hand.",
             "",
             *_table("call", ROWS, list(libraries), tried),
             "",

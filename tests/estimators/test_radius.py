@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 
 import diveq_core as dq
-from conftest import Library, library_named
 from diveq_core.arrays.registry import backend_of
+from libraries import Library, library_named
 from reference import RADIAL_CASES, Case, case_named, expected, matrix
 from strategies import EPS, ROUNDINGS, Problem, example_count, problems
 

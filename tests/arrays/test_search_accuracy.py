@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import LIBRARIES, importable, library_named, run_python
-from test_search import PATHS, replacement
+from libraries import LIBRARIES, library_named
+from processes import importable, run_python
+from searches import PATHS, replacement
 
 if TYPE_CHECKING:
     from collections.abc import Callable

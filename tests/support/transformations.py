@@ -13,7 +13,8 @@ import numpy as np
 
 import diveq_core as dq
 from capability_rows import ESTIMATORS, Estimation, N
-from conftest import library_named, run_python
+from libraries import library_named
+from processes import run_python
 from reference import case_named, expression
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import Library, assert_close, library_named
+from libraries import Library, assert_close, library_named
 
 
 def draws(count: int) -> np.ndarray:

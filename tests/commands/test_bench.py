@@ -12,7 +12,6 @@ from threadpoolctl import threadpool_limits
 from typer.testing import CliRunner
 
 import diveq_core as dq
-from conftest import importable, run_python
 from diveq_core.commands.bench import bars, clusterings, command, memory, problem, timing
 from diveq_core.commands.bench.bars import Row, inertia_rows, memory_rows, saved_rows, speed_bars, speed_row
 from diveq_core.commands.bench.comparison import Comparison, compare, lines
@@ -21,6 +20,7 @@ from diveq_core.commands.bench.problem import Problem, UnavailableError, arrays
 from diveq_core.commands.bench.settings import BenchError, Settings
 from diveq_core.commands.bench.timing import Timing, interleave, ratio
 from diveq_core.commands.cli import app
+from processes import importable, run_python
 
 TINY = ["--grid", "--n", "48", "--k", "4", "--k", "9", "--d", "3", "--repeats", "2", "--no-memory"]
 PEERS = {"diveq": "diveq", "vector-quantize-pytorch": "vector_quantize_pytorch", "faiss": "faiss", "cdist": "torch"}

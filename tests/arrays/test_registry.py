@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import Library, library_named, run_python
 from diveq_core.arrays import registry
+from libraries import Library, library_named
+from processes import run_python
 
 
 @pytest.fixture(autouse=True)

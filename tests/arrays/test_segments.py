@@ -7,9 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from conftest import Library, assert_close, float64_in, library_named
 from diveq_core.arrays.registry import backend_of
 from diveq_core.arrays.segments import segment_sum
+from libraries import Library, assert_close, float64_in, library_named
 
 
 def expected_sum(values: np.ndarray, segments: np.ndarray, count: int) -> np.ndarray:

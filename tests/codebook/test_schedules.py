@@ -10,7 +10,7 @@ import pytest
 import diveq_core as dq
 
 if TYPE_CHECKING:
-    from conftest import Library
+    from libraries import Library
 
 
 def problem() -> tuple[list[np.ndarray], list[float]]:

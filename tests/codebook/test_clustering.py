@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diveq_core as dq
-from conftest import Library, assert_close
+from libraries import Library, assert_close
 from ranks import Simulated, in_threads
 
 
