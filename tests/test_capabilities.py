@@ -28,7 +28,7 @@ NO_ROW = {
 @pytest.mark.parametrize("name", ROWS)
 def test_the_documented_cell_is_what_was_tried(name: str, library: Library) -> None:
     written = known_cells(WRITTEN)[name][library.name]
-    assert written == ", ".join(cell(name, library)), "run python tests/capabilities.py"
+    assert written == ", ".join(cell(name, library)), "run python tests/support/capabilities.py"
 
 
 # torch's forward mode compiles decompositions by a function that torch itself has deprecated.
@@ -38,7 +38,7 @@ def test_the_documented_cell_is_what_was_tried(name: str, library: Library) -> N
 def test_the_documented_transformation_is_what_was_tried(name: str, transformation: str) -> None:
     library_named(transformation.partition(":")[0])
     written = known_cells(WRITTEN, 1)[name][transformation]
-    assert written == transformed(name, transformation), "run python tests/capabilities.py"
+    assert written == transformed(name, transformation), "run python tests/support/capabilities.py"
 
 
 def test_the_page_has_every_row() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import Library, assert_close, float64_in, library_named, standard_promotion
+from libraries import Library, assert_close, float64_in, library_named, standard_promotion
 
 RADII = [
     dq.Power(0.5),
@@ -261,3 +261,23 @@ def test_bincount_gives_counts(name: str) -> None:
     # exp of a sum of three products.
     want = np.exp(2 * 0.4 * np.log(2.5) + 0.2 * np.log(5))
     assert_close(dq.perplexity(counts), np.float32(want).reshape(()), library, rtol=1e-6)
+
+
+def test_nothing_is_not_positive(library: Library) -> None:
+    """A vector on its codeword, or with a cotangent at right angles, is pulled nowhere."""
+    g = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]], np.float32)
+    z = np.zeros((4, 2), np.float32)
+    q = np.array([[0.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]], np.float32)
+    arguments = [library.to(x) for x in (g, z, q)]
+    np.testing.assert_array_equal(library.back(dq.coefficient(*arguments)), [0, 0, 2, -2])
+    assert float(dq.positive_share(*arguments)) == 0.25
+
+
+def test_counts_beyond_the_whole_numbers_of_float32() -> None:
+    assert dq.usage(np.zeros((1 << 24) + 4, np.int32), 2).tolist() == [(1 << 24) + 4, 0]
+
+
+def test_the_perplexity_of_counts_whose_sum_overflows(library: Library) -> None:
+    # array-api-strict lets NumPy warn of the sum.
+    with np.errstate(over="ignore"):
+        assert abs(float(dq.perplexity(library.to(np.full(4, 2e38, np.float32)))) - 4) < 1e-5

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import Library, library_named
+from libraries import Library, library_named
 
 K, D = 4, 3
 Z = np.linspace(-1.0, 1.0, 5 * D, dtype=np.float32).reshape(5, D)

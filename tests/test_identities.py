@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diveq_core as dq
-from conftest import Library, library_named
+from libraries import Library, library_named
 from reference import CASES, Case, case_named, expected, matrix
 from strategies import EPS, ROUNDINGS, Problem, brute_force, example_count, problems
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import importable, library_named, run_python
+from libraries import library_named
+from processes import importable, run_python
 
 ROOT = Path(__file__).parent.parent
 OTHERS = ["torch", "jax", "cupy", "mlx", "dask", "matplotlib", "typer", "rich", "sklearn"]

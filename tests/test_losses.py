@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diveq_core as dq
-from conftest import Library, assert_close, library_named
+from libraries import Library, assert_close, library_named
 from strategies import (
     EPS,
     ROUNDINGS,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import library_named, run_python
+from libraries import library_named
+from processes import run_python
 
 FORK = """
     import multiprocessing

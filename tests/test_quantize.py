@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import Library, assert_close, float64_in, library_named, standard_promotion
+from libraries import Library, assert_close, float64_in, generators, library_named, standard_promotion
 
 ESTIMATORS = [
     dq.STE(),
@@ -318,26 +318,6 @@ def test_inputs_are_left_alone(library: Library, estimator: dq.Estimator):
         assert_close(x, expected, library)
     for x, original in zip((z, codebook, noise), originals, strict=True):
         assert_close(x, original, library)
-
-
-def generators(name: str, seed: int):
-    if name in ("numpy", "array_api_strict"):
-        return np.random.default_rng(seed)
-    if name == "mlx":
-        import mlx.core as mx
-
-        return mx.random.key(seed)
-    if name == "torch":
-        import torch
-
-        return torch.Generator().manual_seed(seed)
-    if name == "jax":
-        import jax
-
-        return jax.random.key(seed)
-    import cupy
-
-    return cupy.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("verb", [dq.quantize, dq.vjp])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 import diveq_core as dq
-from conftest import library_named
+from libraries import library_named
 from reference import CASES, Case, case_named, expected, expression
 from strategies import (
     EPS,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import library_named
+from libraries import library_named
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import importable, run_python
 from diveq_core.arrays import search
-from test_search import EPS32, assert_nearest, squared_distances
+from processes import importable, run_python
+from searches import EPS32, assert_nearest, squared_distances
 
 if TYPE_CHECKING:
     from collections.abc import Callable

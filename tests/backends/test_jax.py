@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import library_named
+from libraries import library_named
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from conftest import run_python
+from processes import run_python
 
 pytest.importorskip("jax")
 
@@ -42,7 +42,7 @@ def test_the_other_calls_on_an_explicit_mesh():
         import diveq_core as dq
         from capabilities import cell
         from capability_rows import ESTIMATORS, ROWS, listed
-        from conftest import library_named
+        from libraries import library_named
         from jax.sharding import PartitionSpec
 
         library = library_named("jax")

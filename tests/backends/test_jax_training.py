@@ -10,7 +10,7 @@ import pytest
 import diveq_core as dq
 from capabilities import cell
 from capability_rows import ROWS
-from conftest import library_named
+from libraries import library_named
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("jax.export")

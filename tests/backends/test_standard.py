@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import library_named
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.registry import backend_of
+from libraries import library_named
 
 ESTIMATORS = [dq.STE(), dq.NSVQ(), dq.DiVeQ(), dq.Radial(dq.PseudoHuber(0.3)), dq.Radial(dq.Cosine())]
 IDS = {"ids": repr}

@@ -1,0 +1,47 @@
+"""What every estimator's binding computes, broken."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant, verbs
+
+MUTANTS = (
+    Mutant(
+        "hard: z + (q - z) for q",
+        "lib.astype(codebook if indices is None else lib.take_rows(codebook, indices), self.out_dtype)",
+        "lib.astype(z + (lib.take_rows(codebook, indices) - z), self.out_dtype)",
+        "test_estimators.py bit_for_bit and numpy and STE",
+    ),
+    Mutant(
+        "rule: all cotangents to codeword 0",
+        "lib.segment_add(total, g_q, indices)",
+        "lib.segment_add(total, g_q, indices * 0)",
+        verbs("DiVeQ"),
+    ),
+    Mutant(
+        "rule: noise lost in the pullback",
+        "self.estimator.vjp(self.lib, z, q, noise, g)",
+        "self.estimator.vjp(self.lib, z, q, g, g)",
+        verbs("DiVeQ or NSVQ"),
+    ),
+    Mutant(
+        "rule: the tangent of codeword 0 for all",
+        "self.gathered(dcodebook, indices)",
+        "self.gathered(dcodebook, indices * 0)",
+        verbs("DiVeQ"),
+    ),
+    Mutant(
+        "rule: g_z in the dtype of computation", "return lib.astype(g_z, self.z_dtype)", "return g_z", verbs("DiVeQ")
+    ),
+    Mutant(
+        "rule: g_codebook in the dtype of computation",
+        "return g_z, None if total is None else lib.astype(total, self.codebook_dtype)",
+        "return g_z, total",
+        verbs("DiVeQ"),
+    ),
+    Mutant(
+        "rule: half precision throughout",
+        "self.lib.compute_dtype(self.out_dtype)",
+        "self.out_dtype",
+        verbs("DiVeQ or Power"),
+    ),
+)

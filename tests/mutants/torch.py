@@ -1,0 +1,112 @@
+"""PyTorch, broken."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant, bound, second, verbs
+
+MUTANTS = (
+    Mutant("torch: nothing is held constant", "return x.detach()", "return x + 0", second("DiVeQ")),
+    Mutant(
+        "torch: gradients of a custom radius swapped",
+        "return to_q, to_z",
+        "return to_z, to_q",
+        bound("callable", "torch"),
+        within="TorchBackend.log_radius_gradients",
+    ),
+    Mutant(
+        "torch: mixed dtypes give that of z",
+        "return torch.promote_types(a.dtype, b.dtype)",
+        "return a.dtype",
+        "test_estimators.py mixed_dtypes and torch",
+    ),
+    Mutant(
+        "torch: repeated indices lost",
+        "total.index_add_(0, segments, values)",
+        "total.index_put_((segments.long(),), values)",
+        verbs("DiVeQ", "torch"),
+    ),
+    Mutant(
+        "torch: repeated indices lost where recorded",
+        ".index_add(0, kept, values)",
+        ".index_copy(0, kept.long(), values)",
+        second("DiVeQ"),
+    ),
+    Mutant(
+        "torch: direction of any length",
+        "Direction(x, rho.reciprocal())",
+        "Direction(x, rho**0)",
+        verbs("DiVeQ", "torch"),
+    ),
+    Mutant(
+        "torch: backward is straight-through",
+        "return None, None, g_z, g_codebook, None, None",
+        "return None, None, g, g_codebook, None, None",
+        bound("DiVeQ", "torch"),
+    ),
+    Mutant(
+        "torch: sign of the codebook's gradient",
+        "return None, None, g_z, g_codebook, None, None",
+        "return None, None, g_z, -g_codebook, None, None",
+        bound("DiVeQ", "torch"),
+    ),
+    Mutant(
+        "torch: pushforward forgets the codebook",
+        "return _pushed(ctx.rule, z, codebook, indices, noise, dz, dcodebook)",
+        "return _pushed(ctx.rule, z, codebook, indices, noise, dz, torch.zeros_like(codebook))",
+        "test_estimators.py pushes_forward and torch and DiVeQ",
+    ),
+    Mutant(
+        "torch: pushforward of z alone missing",
+        "dz = torch.zeros_like(z) if dz is None else dz",
+        "dz = torch.zeros_like(z)",
+        "test_estimators.py pushes_forward and torch and DiVeQ",
+    ),
+    Mutant(
+        "torch: a codebook without gradient is read late",
+        "if not rule.trains_codebook:\n    return True",
+        "if not rule.trains_codebook:\n    return False",
+        "test_torch_overwritten.py gradient_is_of_the_one and data and Rotation",
+    ),
+    Mutant(
+        "torch: no tangents under torch.func in a compiled function",
+        "moved = rule.pushforward(*inner, inner[0] - z, inner[1] - codebook)",
+        "moved = rule.pushforward(*inner, inner[0] - inner[0], inner[1] - codebook)",
+        "test_torch_compile.py inside_a_compiled and jvp and not aot",
+    ),
+    Mutant(
+        "torch: dual numbers in a compiled function have no tangent",
+        "moved = _pushed(rule, own, words, indices, noise, dz, dcodebook)",
+        "moved = torch.zeros_like(own)",
+        "test_torch_compile.py dual_numbers and inside and DiVeQ",
+    ),
+    Mutant(
+        "torch: dual numbers lost on the way into a compiled function",
+        "if not (z.requires_grad or codebook.requires_grad):",
+        "if False:",
+        "test_torch_compile.py dual_numbers and outside and DiVeQ",
+    ),
+    Mutant(
+        "torch: a scaled sum with the scale's sign lost",
+        "torch.add(x, y, alpha=c)",
+        "torch.add(x, y, alpha=-c)",
+        "test_estimators.py torch and DiVeQ",
+    ),
+    Mutant(
+        "torch: a scaled sum without its scale",
+        "torch.addcmul(x, y, c) if",
+        "torch.add(x, y) if",
+        "test_estimators.py torch and DiVeQ",
+    ),
+    Mutant(
+        "torch's product: not scaled",
+        "search.framed_rows(lib, chunk, centre, scale)",
+        "search.framed_rows(lib, chunk, centre, scale / scale)",
+        "test_search.py nearest_is_right and product",
+    ),
+    Mutant(
+        "torch's product: any copy",
+        "chosen = canonical[scores[here].argmin(dim=1)]",
+        "chosen = scores[here].argmin(dim=1)",
+        "test_search.py round_apart and torch",
+    ),
+)
