@@ -7,14 +7,14 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant(
         "the pullback reads the indices late",
-        "else (lib.snapshot(codebook), lib.snapshot(call.indices))",
-        "else (lib.snapshot(codebook), call.indices)",
+        "lib.snapshot(x) if read and x is not None else None",
+        "(x if x is self.chosen else lib.snapshot(x)) if read and x is not None else None",
         "test_memory.py indices_given_back",
     ),
     Mutant(
         "the pullback reads the codebook late",
-        "else (lib.snapshot(codebook), lib.snapshot(call.indices))",
-        "else (codebook, lib.snapshot(call.indices))",
+        "lib.snapshot(x) if read and x is not None else None",
+        "(x if x is self.codebook else lib.snapshot(x)) if read and x is not None else None",
         "test_quantize.py was_used and numpy",
     ),
 )
