@@ -11,7 +11,7 @@ from diveq_core.arrays.checks import (
     check_pair,
     checked_indices,
     flat_rows,
-    refuse_not_finite,
+    search_finite,
 )
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import describe
@@ -74,8 +74,8 @@ def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     """
     lib = backend_of("nearest", z=z, codebook=codebook)
     check_pair(lib, "nearest", z, codebook)
-    refuse_not_finite(lib, "nearest", check_finite, z=z, codebook=codebook)
-    return lib.xp.reshape(lib.search(flat_rows(lib, z), codebook), tuple(z.shape[:-1]))
+    found = search_finite(lib, "nearest", check_finite, flat_rows(lib, z), codebook)
+    return lib.xp.reshape(found, tuple(z.shape[:-1]))
 
 
 @quiet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import tracemalloc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -15,27 +15,36 @@ from hypothesis import strategies as st
 import diveq_core as dq
 from conftest import LIBRARIES, Library, assert_close, float64_in, library_named, run_python, standard_promotion
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # What the search must not allocate: N x K x 4 bytes is 1 GiB.
 N, K, D = 1 << 15, 1 << 13, 4
 MEBI = 1 << 20
 
 
-# What searches besides each library's own choice, (library, what is replaced): without faiss the library's product.
+# What searches besides each library's own choice, (library, what is switched off): NumPy has a way for few vectors,
+# and after it faiss.
 PATHS = {
-    "numpy without faiss": ("numpy", "diveq_numpy.search", "_faiss"),
-    "torch without faiss": ("torch", "diveq_numpy.search", "_faiss"),
-    "torch by product": ("torch", "diveq_torch.search", "_nearest_by_numpy"),
+    "numpy of many": ("numpy", ["few"]),
+    "numpy without faiss": ("numpy", ["few", "faiss"]),
+    "torch of many": ("torch", ["few"]),
+    "torch without faiss": ("torch", ["few", "faiss"]),
+    "torch by product": ("torch", ["numpy"]),
 }
 
 
-def replacement(path: str) -> tuple[Any, str, Any]:
-    """The module, the name in it, and what stands there instead, for a path."""
-    _, module, name = PATHS[path]
-    here = importlib.import_module(module)
-    if name == "_faiss":
-        return here, name, lambda: None
-    lib = importlib.import_module("diveq_torch").backend
-    return here, name, lambda z, codebook: here._nearest_by_product(lib, z, codebook)
+def replace(path: str, setattr: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let a library search by a path."""
+    for switched_off in PATHS[path][1]:
+        if switched_off == "few":
+            setattr(importlib.import_module("diveq_numpy.few"), "ROWS", 0)
+        elif switched_off == "faiss":
+            setattr(importlib.import_module("diveq_numpy.search"), "_faiss", lambda: None)
+        else:
+            here, lib = (importlib.import_module(name) for name in ("diveq_torch.search", "diveq_torch"))
+            product = here._nearest_by_product
+            setattr(here, "_nearest_by_numpy", lambda z, codebook: product(lib.backend, z, codebook))
 
 
 @pytest.fixture(params=[*LIBRARIES, *PATHS])
@@ -44,7 +53,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param in LIBRARIES:
         return LIBRARIES[request.param]()
     found = library_named(PATHS[request.param][0])
-    monkeypatch.setattr(*replacement(request.param))
+    replace(request.param, monkeypatch.setattr)
     return found
 
 
@@ -199,12 +208,12 @@ def test_copies_give_the_first_where_their_products_round_apart(name: str, monke
 
     if name == "torch":
         monkeypatch.setattr(torch, "mm", apart)
-        monkeypatch.setattr(*replacement("torch by product"))
+        replace("torch by product", monkeypatch.setattr)
         indices = dq.nearest(torch.tensor(z), torch.tensor(codebook)).numpy()
     else:
         from diveq_numpy import backend, search
 
-        monkeypatch.setattr(*replacement("numpy without faiss"))
+        replace("numpy without faiss", monkeypatch.setattr)
         indices = search.nearest_rows(backend, z, codebook, apart)
     assert indices.max() < 37
     assert_nearest(indices, z, codebook, EPS32)
@@ -316,7 +325,7 @@ def test_no_distance_matrix_in_memory(name: str, faiss: bool, monkeypatch: pytes
     if not faiss:
         if name != "numpy":
             pytest.skip("only NumPy searches by faiss")
-        monkeypatch.setattr(*replacement("numpy without faiss"))
+        replace("numpy without faiss", monkeypatch.setattr)
     rng = np.random.default_rng(7)
     rows = N if name == "numpy" else N // 4
     z, codebook = (library.to(rng.standard_normal((n, D)).astype(np.float32)) for n in (rows, K))
@@ -340,11 +349,11 @@ def test_no_distance_matrix_in_the_process(path: str):
         import numpy as np
         import diveq_core as dq
         from conftest import LIBRARIES
-        from test_search import PATHS, replacement
+        from test_search import PATHS, replace
 
         library = LIBRARIES[{name!r}]()
         if {path!r} in PATHS:
-            setattr(*replacement({path!r}))
+            replace({path!r})
         rng = np.random.default_rng(0)
 
         def search(n, k):

@@ -86,6 +86,19 @@ def refuse_not_finite(lib: Backend, function: str, wanted: bool | None, **arrays
             raise ValueError(f"{function}: {name} must be finite, got NaN or infinity in {name}")
 
 
+def search_finite(lib: Backend, function: str, wanted: bool | None, z: Array, codebook: Array) -> Array:
+    """Index of the nearest codeword, (N,), for vectors (N, D); what is not finite is refused if wanted.
+
+    The search marks what is not finite, so that values are looked at for the error's sake alone.
+    """
+    found = lib.search(z, codebook)
+    if lib.checks_finite if wanted is None else wanted:
+        all_found = lib.is_concrete(found) and z.shape[0] > 0 and int(lib.xp.min(found)) >= 0
+        if not all_found:
+            refuse_not_finite(lib, function, True, z=z, codebook=codebook)
+    return found
+
+
 def checked_indices(
     lib: Backend, function: str, indices: Array, count: int, *, name: str = "indices", bound: str = "K"
 ) -> Array:
@@ -136,4 +149,4 @@ def checked_number(
 def flat_rows(lib: Backend, x: Array) -> Array:
     """(..., D) to (N, D)."""
     # The size is spelled out: -1 is ambiguous for an empty batch.
-    return lib.xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+    return x if x.ndim == 2 else lib.xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
