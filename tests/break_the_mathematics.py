@@ -504,7 +504,7 @@ MUTANTS = (
         "total.reshape(-1)[entries.reshape(-1)] += values.reshape(-1)",
         verbs("DiVeQ"),
     ),
-    Mutant("NumPy: direction of any length", NUMPY, "Direction(x, 1 / rho)", "Direction(x, rho**0)", verbs("DiVeQ")),
+    Mutant("NumPy: direction of any length", NUMPY, "Direction(x, inverse)", "Direction(x, rho**0)", verbs("DiVeQ")),
     Mutant(
         "torch: repeated indices lost",
         TORCH,

@@ -126,7 +126,7 @@ class NumPyBackend(Backend):
     def take_rows(self, codebook: np.ndarray, indices: np.ndarray) -> np.ndarray:
         if indices.size and indices.min() < 0:
             return super().take_rows(codebook, indices)
-        return codebook[indices]
+        return codebook.take(indices, axis=0)
 
 
 backend = NumPyBackend()

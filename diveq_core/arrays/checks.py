@@ -89,13 +89,13 @@ def refuse_not_finite(lib: Backend, function: str, wanted: bool | None, **arrays
 def search_finite(lib: Backend, function: str, wanted: bool | None, z: Array, codebook: Array) -> Array:
     """Index of the nearest codeword, (N,), for vectors (N, D); what is not finite is refused if wanted.
 
-    The search marks what is not finite, so that values are looked at for the error's sake alone.
+    Where reading values is free, the search's own marks are read, and the vectors only to say which are at fault.
     """
+    if not lib.checks_finite:
+        refuse_not_finite(lib, function, wanted, z=z, codebook=codebook)
     found = lib.search(z, codebook)
-    if lib.checks_finite if wanted is None else wanted:
-        all_found = lib.is_concrete(found) and z.shape[0] > 0 and int(lib.xp.min(found)) >= 0
-        if not all_found:
-            refuse_not_finite(lib, function, True, z=z, codebook=codebook)
+    if lib.checks_finite and wanted is not False and not (z.shape[0] > 0 and int(lib.xp.min(found)) >= 0):
+        refuse_not_finite(lib, function, True, z=z, codebook=codebook)
     return found
 
 
