@@ -10,7 +10,6 @@ from diveq_core.arrays.checks import (
     check_floating,
     check_pair,
     checked_indices,
-    flat_rows,
     search_finite,
 )
 from diveq_core.arrays.registry import backend_of, quiet
@@ -74,8 +73,7 @@ def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     """
     lib = backend_of("nearest", z=z, codebook=codebook)
     check_pair(lib, "nearest", z, codebook)
-    found = search_finite(lib, "nearest", check_finite, flat_rows(lib, z), codebook)
-    return lib.xp.reshape(found, tuple(z.shape[:-1]))
+    return search_finite(lib, "nearest", check_finite, z, codebook)
 
 
 @quiet

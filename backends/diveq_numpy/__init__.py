@@ -46,6 +46,10 @@ class NumPyBackend(Backend):
         # A sum is one pass without a temporary; only its overflow needs the second look.
         return bool(np.isfinite(np.sum(x))) or bool(np.isfinite(x).all())
 
+    def any_negative(self, x: np.ndarray) -> bool:
+        # The least of all is read in one pass, without a temporary.
+        return bool(x.size and x.min() < 0)
+
     def compute_dtype(self, dtype: Any) -> Any:
         if dtype is _FLOAT32:
             return dtype
@@ -100,7 +104,7 @@ class NumPyBackend(Backend):
         return in_blocks(np.empty, _BLOCK_ENTRIES, function, *arrays)
 
     def segment_add(self, total: np.ndarray, values: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        if segments.size and segments.min() < 0:
+        if self.any_negative(segments):
             values, segments = values[segments >= 0], segments[segments >= 0]
         # One flat index an entry: add.at is several times faster on one axis than on two. Flattening must not copy.
         total = np.ascontiguousarray(total)
@@ -124,7 +128,7 @@ class NumPyBackend(Backend):
         return nearest_rows(self, z, codebook)
 
     def take_rows(self, codebook: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        if indices.size and indices.min() < 0:
+        if self.any_negative(indices):
             return super().take_rows(codebook, indices)
         return codebook.take(indices, axis=0)
 

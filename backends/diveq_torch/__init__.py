@@ -42,10 +42,6 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
     return True
 
 
-def _any_negative(indices: torch.Tensor) -> bool:
-    return indices.numel() > 0 and indices.min().item() < 0
-
-
 def _is_transformed_while_compiled() -> bool:
     """Whether dynamo is inside a transformation of ``torch.func``, where its guards fail on arrays of NumPy."""
     return torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -82,6 +78,9 @@ class TorchBackend(Backend):
 
     def is_concrete(self, x: torch.Tensor) -> bool:
         return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+    def any_negative(self, x: torch.Tensor) -> bool:
+        return x.numel() > 0 and x.min().item() < 0
 
     def result_dtype(self, a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
         return torch.promote_types(a.dtype, b.dtype)
@@ -146,7 +145,7 @@ class TorchBackend(Backend):
         return function(*arrays)
 
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        if _is_plain(total, values, segments) and not _any_negative(segments):
+        if _is_plain(total, values, segments) and not self.any_negative(segments):
             return total.index_add_(0, segments, values)
         # One segment more takes the rows whose segment is negative.
         count, width = total.shape

@@ -87,16 +87,16 @@ def refuse_not_finite(lib: Backend, function: str, wanted: bool | None, **arrays
 
 
 def search_finite(lib: Backend, function: str, wanted: bool | None, z: Array, codebook: Array) -> Array:
-    """Index of the nearest codeword, (N,), for vectors (N, D); what is not finite is refused if wanted.
+    """Index of the nearest codeword, (...), for vectors (..., D); what is not finite is refused if wanted.
 
     Where reading values is free, the search's own marks are read, and the vectors only to say which are at fault.
     """
     if not lib.checks_finite:
         refuse_not_finite(lib, function, wanted, z=z, codebook=codebook)
-    found = lib.search(z, codebook)
-    if lib.checks_finite and wanted is not False and not (z.shape[0] > 0 and int(lib.xp.min(found)) >= 0):
+    found = lib.search(flat_rows(lib, z), codebook)
+    if lib.checks_finite and wanted is not False and (math.prod(found.shape) == 0 or lib.any_negative(found)):
         refuse_not_finite(lib, function, True, z=z, codebook=codebook)
-    return found
+    return found if z.ndim == 2 else lib.xp.reshape(found, tuple(z.shape[:-1]))
 
 
 def checked_indices(
