@@ -10,8 +10,7 @@ from diveq_core.arrays.checks import (
     check_floating,
     check_pair,
     checked_indices,
-    flat_rows,
-    refuse_not_finite,
+    search_finite,
 )
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.estimators.base import check_estimator
@@ -70,8 +69,7 @@ def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     """
     lib = backend_of("nearest", z=z, codebook=codebook)
     check_pair(lib, "nearest", z, codebook)
-    refuse_not_finite(lib, "nearest", check_finite, z=z, codebook=codebook)
-    return lib.xp.reshape(lib.search(flat_rows(lib, z), codebook), tuple(z.shape[:-1]))
+    return search_finite(lib, "nearest", check_finite, z, codebook)
 
 
 @quiet

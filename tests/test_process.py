@@ -171,10 +171,12 @@ def test_a_broken_optional_package_is_no_hindrance(kind: str, tmp_path, monkeypa
         import numpy as np
         import diveq_core as dq
 
-        z = np.eye(3, dtype=np.float32)
+        codebook = np.eye(3, dtype=np.float32)
+        # So many that faiss is asked for.
+        z = np.tile(codebook, (1000, 1))
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            print(dq.nearest(z, z), dq.nearest(z, z), [str(w.message) for w in seen])
+            print(*(dq.nearest(z, codebook)[:3] for _ in range(2)), [str(w.message) for w in seen])
     """
     told = "['nearest: faiss is installed but fails to import, so it is not used: no such library']"
     assert run_python(code) == f"[0 1 2] [0 1 2] {told if kind == 'fails to import' else '[]'}\n"

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _BLOCK_ENTRIES = 1 << 16
 
 
+_FLOAT32 = np.dtype(np.float32)
+
+
 class NumPyBackend(Backend):
     """NumPy: values are free to read, so NaN and infinity are refused."""
 
@@ -27,15 +30,29 @@ class NumPyBackend(Backend):
 
     def owns(self, x: object) -> bool:
         # A mask would be ignored, and a matrix has its own products.
+        if type(x) is np.ndarray:
+            return True
         return isinstance(x, (np.ndarray, np.generic)) and not isinstance(x, (np.ma.MaskedArray, np.matrix))
 
+    def is_floating(self, x: np.ndarray) -> bool:
+        return x.dtype.kind == "f"
+
+    def is_integer(self, x: np.ndarray) -> bool:
+        return x.dtype.kind in "iu"
+
     def all_finite(self, x: np.ndarray) -> bool:
+        if x.size <= _BLOCK_ENTRIES:
+            return bool(np.isfinite(x).all())
         # A sum is one pass without a temporary; only its overflow needs the second look.
-        with np.errstate(over="ignore", invalid="ignore"):
-            total = np.sum(x)
-        return bool(np.isfinite(total)) or bool(np.isfinite(x).all())
+        return bool(np.isfinite(np.sum(x))) or bool(np.isfinite(x).all())
+
+    def any_negative(self, x: np.ndarray) -> bool:
+        # The least of all is read in one pass, without a temporary.
+        return bool(x.size and x.min() < 0)
 
     def compute_dtype(self, dtype: Any) -> Any:
+        if dtype is _FLOAT32:
+            return dtype
         # Also of another byte order than the machine's.
         dtype = np.dtype(dtype)
         if dtype.type is np.longdouble:
@@ -72,21 +89,22 @@ class NumPyBackend(Backend):
         return np.argsort(x, kind="stable")
 
     def dot(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.einsum("nd,nd->n", a, b)[:, None]
+        return np.vecdot(a, b)[:, None]
 
     def direction(self, x: np.ndarray) -> tuple[np.ndarray, Direction]:
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            rho = np.sqrt(self.dot(x, x))
-        shortest, longest = rho.min(initial=np.inf), rho.max(initial=0.0)
-        if lengths_in_range(shortest, longest, double=x.dtype == np.float64):
-            return rho, Direction(x, 1 / rho)
+        rho = np.sqrt(self.dot(x, x))
+        inverse = 1 / rho
+        # Of a number and its inverse one is above the middle of the range.
+        extreme = (rho + inverse).max(initial=1.0)
+        if lengths_in_range(1 / extreme, extreme, double=x.dtype == np.float64):
+            return rho, Direction(x, inverse)
         return super().direction(x)
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         return in_blocks(np.empty, _BLOCK_ENTRIES, function, *arrays)
 
     def segment_add(self, total: np.ndarray, values: np.ndarray, segments: np.ndarray) -> np.ndarray:
-        if segments.size and segments.min() < 0:
+        if self.any_negative(segments):
             values, segments = values[segments >= 0], segments[segments >= 0]
         # One flat index an entry: add.at is several times faster on one axis than on two. Flattening must not copy.
         total = np.ascontiguousarray(total)
@@ -110,9 +128,9 @@ class NumPyBackend(Backend):
         return nearest_rows(self, z, codebook)
 
     def take_rows(self, codebook: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        if indices.size and indices.min() < 0:
+        if self.any_negative(indices):
             return super().take_rows(codebook, indices)
-        return codebook[indices]
+        return codebook.take(indices, axis=0)
 
 
 backend = NumPyBackend()

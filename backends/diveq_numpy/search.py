@@ -13,6 +13,7 @@ import numpy as np
 
 from diveq_core.arrays import search
 from diveq_core.options import optional_kernels
+from diveq_numpy import few
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,19 +51,20 @@ def nearest_rows(
     """Index of the nearest codeword, (N, D), (K, D) -> (N,) int64; -1 for a row that is not finite.
 
     ``product(a, b, out=c)`` multiplies matrices: a caller with threads of its own brings its own, and memory for
-    what is ``found`` if it wants.
+    what is ``found`` if it wants. Overflow on the way is expected: call it where NumPy warns of none.
     """
     dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
     codebook = codebook.astype(dtype, copy=False)
     found = np.empty(z.shape[0], np.int64) if found is None else found
-    with np.errstate(all="ignore"):
-        problem = _Problem(lib, codebook, *search.frame(lib, codebook), product)
-        done = 0
-        if dtype == np.float32 and codebook.shape[1] <= _FUSED_WIDTH and (faiss := _faiss()) is not None:
-            done = _by_fused_kernel(faiss, problem, z, found)
-        if done < z.shape[0]:
-            _by_product(problem, z[done:], found[done:])
-        canonical = _first_copies(lib, codebook)
+    if few.serves(z, codebook) and few.search(z.astype(dtype, copy=False), codebook, product, found):
+        return found
+    problem = _Problem(lib, codebook, *search.frame(lib, codebook), product)
+    done = 0
+    if dtype == np.float32 and codebook.shape[1] <= _FUSED_WIDTH and (faiss := _faiss()) is not None:
+        done = _by_fused_kernel(faiss, problem, z, found)
+    if done < z.shape[0]:
+        _by_product(problem, z[done:], found[done:])
+    canonical = _first_copies(lib, codebook)
     if canonical is not None:
         found[...] = np.where(found < 0, found, canonical[found])
     return found

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from typing import TYPE_CHECKING, Any
 
 import array_api_compat.torch as torch_namespace
 import torch
+from torch._C import _functorch
 
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, row_scale, safe_log
 from diveq_torch.bind import quantize
-from diveq_torch.search import nearest_rows
+from diveq_torch.search import nearest_plain, nearest_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,19 +29,17 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return False
     recording = torch.is_grad_enabled()
-    return all(
-        type(x) in (torch.Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
-        and not (recording and x.requires_grad)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-        # Of vmap as torch.autograd.functional has it.
-        and not torch._C._functorch.is_legacy_batchedtensor(x)
-        for x in tensors
-    )
-
-
-def _any_negative(indices: torch.Tensor) -> bool:
-    return indices.numel() > 0 and indices.min().item() < 0
+    for x in tensors:
+        if (
+            type(x) not in (torch.Tensor, torch.nn.Parameter)
+            or not x.is_cpu
+            or (recording and x.requires_grad)
+            or _functorch.is_functorch_wrapped_tensor(x)
+            # Of vmap as torch.autograd.functional has it.
+            or _functorch.is_legacy_batchedtensor(x)
+        ):
+            return False
+    return True
 
 
 def _is_transformed_while_compiled() -> bool:
@@ -79,11 +79,17 @@ class TorchBackend(Backend):
     def is_concrete(self, x: torch.Tensor) -> bool:
         return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
+    def any_negative(self, x: torch.Tensor) -> bool:
+        return x.numel() > 0 and x.min().item() < 0
+
     def result_dtype(self, a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
         return torch.promote_types(a.dtype, b.dtype)
 
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
     def astype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return x.to(dtype)
+        return x if x.dtype == dtype else x.to(dtype)
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
         # Contiguous, as collectives ask.
@@ -112,6 +118,9 @@ class TorchBackend(Backend):
         with torch.autocast(a.device.type, enabled=False):
             return torch.matmul(a, b)
 
+    def dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a * b).sum(dim=-1, keepdim=True)
+
     def add_scaled(self, x: torch.Tensor, y: torch.Tensor, c: torch.Tensor | float) -> torch.Tensor:
         return torch.addcmul(x, y, c) if isinstance(c, torch.Tensor) else torch.add(x, y, alpha=c)
 
@@ -136,7 +145,7 @@ class TorchBackend(Backend):
         return function(*arrays)
 
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
-        if _is_plain(total, values, segments) and not _any_negative(segments):
+        if _is_plain(total, values, segments) and not self.any_negative(segments):
             return total.index_add_(0, segments, values)
         # One segment more takes the rows whose segment is negative.
         count, width = total.shape
@@ -144,8 +153,10 @@ class TorchBackend(Backend):
         return torch.cat([total, total.new_zeros(1, width)]).index_add(0, kept, values)[:count]
 
     def take_rows(self, codebook: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        if _is_plain(codebook, indices) and not _any_negative(indices):
-            return codebook.index_select(0, indices)
+        if _is_plain(codebook, indices):
+            # Looking for a negative index takes longer than to find none.
+            with contextlib.suppress(IndexError):
+                return codebook.index_select(0, indices)
         return super().take_rows(codebook, indices)
 
     def row_keys(self, codebook: torch.Tensor) -> torch.Tensor:
@@ -157,7 +168,8 @@ class TorchBackend(Backend):
         return ((mixed ^ (mixed >> 29)) * -4658895280553007687).sum(dim=1)
 
     def search(self, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        return nearest_rows(z.detach(), codebook.detach())
+        z, codebook = z.detach(), codebook.detach()
+        return nearest_plain(z, codebook) if _is_plain(z, codebook) else nearest_rows(z, codebook)
 
     def bind(
         self,

@@ -42,6 +42,20 @@ class _Reverse(torch.autograd.Function):
         return None, None, g_z, g_codebook, None, None
 
 
+class _Eager(torch.autograd.Function):
+    """The same in one part: of one in two, torch looks up the signature at each call, as long as a small rule takes."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _Reverse.forward(*inputs)
+        _Reverse.setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> tuple[Any, ...]:
+        return _Reverse.backward(ctx, g)
+
+
 class _Both(_Reverse):
     """The pushforward besides; apart, since dynamo refuses a Function that has one."""
 
@@ -110,14 +124,16 @@ def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) ->
                 # Dynamo does not see tangents that come from outside.
                 return _in_operations(rule, z, codebook, indices, noise)
         return _bound(_Reverse, rule, z, codebook, indices, noise)
-    if not _reads_words(rule) or torch._C._are_functorch_transforms_active() or not _is_fixed(rule, codebook):
-        return _bound(_Both, rule, z, codebook, indices, noise)
+    transformed = torch._C._are_functorch_transforms_active()
+    function = _Both if transformed or forward_ad._current_level >= 0 else _Eager
+    if not _reads_words(rule) or transformed or not _is_fixed(rule, codebook):
+        return _bound(function, rule, z, codebook, indices, noise)
     with torch.no_grad():
         words, own = rule.fixed(_detached(codebook), indices)
         # Chosen by the indices, it belongs to the codewords.
         held = noise if rule.noise_by_indices else None
     given = None if rule.noise_by_indices else _kept(noise)
-    return _Both.apply(_Fixed(rule, words, own, held), True, z, None, None, given)
+    return function.apply(_Fixed(rule, words, own, held), True, z, None, None, given)
 
 
 def _bound(function: Any, rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:

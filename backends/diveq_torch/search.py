@@ -24,6 +24,9 @@ _FUSED_WIDTH = 256
 # Wider, NumPy's product on a CPU is faster than torch's.
 _OWN_PRODUCT_WIDTH = 128
 
+# Multiplications up to which NumPy's product begins no threads, unless it is one of a single vector.
+_UNTHREADED = 1 << 18
+
 # Rows of half precision that are widened at a time on the way to NumPy.
 _ROWS_WIDENED = 1 << 16
 
@@ -41,6 +44,15 @@ def nearest_rows(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             return fused.nearest_rows(lib, z, codebook)
     return _nearest_by_product(lib, z, codebook.to(dtype))
+
+
+def nearest_plain(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The same of ordinary values on the CPU, past torch's dispatcher, which takes as long as a small search."""
+    # A mode or a tracer waits for each operator that is called.
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return nearest_rows(z, codebook)
+    dtype = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
+    return _nearest_by_numpy(z, codebook if codebook.dtype == dtype else codebook.to(dtype))
 
 
 def _fused_serves(z: torch.Tensor, codebook: torch.Tensor) -> bool:
@@ -68,22 +80,32 @@ def _nearest_by_numpy(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     the rest of a training step needs. Of wide vectors NumPy's product is faster by more than that costs, and it
     is in full float32 whatever torch's is allowed to be.
     """
-    found = torch.empty(z.shape[0], dtype=torch.int64)
+    words, found = _numpy_view(codebook), np.empty(z.shape[0], np.int64)
+    product = _product if _own_product(z, codebook) else np.matmul
+    step = _ROWS_WIDENED if z.dtype != codebook.dtype else max(z.shape[0], 1)
+    with np.errstate(all="ignore"):
+        for start in range(0, z.shape[0], step):
+            rows = z if step >= z.shape[0] else z[start : start + step]
+            rows = _numpy_view(rows if rows.dtype == codebook.dtype else rows.to(codebook.dtype))
+            diveq_numpy.search.nearest_rows(diveq_numpy.backend, rows, words, product, found[start : start + step])
+    # In memory of torch's own, which can be resized.
+    return torch.from_numpy(found).clone()
+
+
+def _own_product(z: torch.Tensor, codebook: torch.Tensor) -> bool:
+    """Whether torch is to multiply."""
+    count, width = codebook.shape
+    if z.shape[0] > 1 and z.shape[0] * count * width <= _UNTHREADED:
+        return False
     # In a forked child torch's threads are not there, and its product would wait for them; NumPy's begins its own.
-    usable = _is_full_float32(z.device) and not diveq_numpy.search.forked()
-    own = codebook.shape[1] <= _OWN_PRODUCT_WIDTH and usable
-    product, words = _product if own else np.matmul, _numpy_view(codebook)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        for start in range(0, z.shape[0], _ROWS_WIDENED):
-            rows, here = (x[start : start + _ROWS_WIDENED] for x in (z, found))
-            rows = _numpy_view(rows.to(codebook.dtype))
-            diveq_numpy.search.nearest_rows(diveq_numpy.backend, rows, words, product, _numpy_view(here))
-    return found
+    return width <= _OWN_PRODUCT_WIDTH and _is_full_float32(z.device) and not diveq_numpy.search.forked()
 
 
 def _numpy_view(x: torch.Tensor) -> np.ndarray:
     """The tensor's memory. Unlike `Tensor.numpy`, this leaves its storage resizable, as sharding needs it."""
-    return np.from_dlpack(x.detach().as_subclass(torch.Tensor))
+    return np.from_dlpack(
+        x if type(x) is torch.Tensor and not x.requires_grad else x.detach().as_subclass(torch.Tensor)
+    )
 
 
 def _product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
@@ -115,8 +137,11 @@ def _nearest_by_product(lib: Backend, z: torch.Tensor, codebook: torch.Tensor) -
 
 def _is_full_float32(device: torch.device) -> bool:
     """Whether products in float32 are computed in float32 on a device, not in TF32 or bfloat16."""
-    settings = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device.type)
-    return settings is None or settings.matmul.fp32_precision in ("ieee", "none")
+    kind = device.type
+    if kind not in ("cpu", "cuda"):
+        return True
+    settings = torch.backends.mkldnn if kind == "cpu" else torch.backends.cuda
+    return settings.matmul.fp32_precision in ("ieee", "none")
 
 
 @nearest_rows.register_fake

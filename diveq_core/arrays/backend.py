@@ -92,6 +92,10 @@ class Backend:
         """Whether no entry is NaN or infinite."""
         return bool(self.xp.all(self.xp.isfinite(x)))
 
+    def any_negative(self, x: Array) -> bool:
+        """Whether a number is below zero."""
+        return bool(self.xp.any(x < 0))
+
     def result_dtype(self, a: Array, b: Array) -> Any:
         """Dtype of an operation on both."""
         return a.dtype if a.dtype == b.dtype else self.xp.result_type(a.dtype, b.dtype)

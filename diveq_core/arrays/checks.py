@@ -91,6 +91,19 @@ def refuse_not_finite(lib: Backend, function: str, wanted: bool | None, **arrays
             raise ValueError(f"{function}: {name} must be finite, got NaN or infinity in {name}")
 
 
+def search_finite(lib: Backend, function: str, wanted: bool | None, z: Array, codebook: Array) -> Array:
+    """Index of the nearest codeword, (...), for vectors (..., D); what is not finite is refused if wanted.
+
+    Where reading values is free, the search's own marks are read, and the vectors only to say which are at fault.
+    """
+    if not lib.checks_finite:
+        refuse_not_finite(lib, function, wanted, z=z, codebook=codebook)
+    found = lib.search(flat_rows(lib, z), codebook)
+    if lib.checks_finite and wanted is not False and (math.prod(found.shape) == 0 or lib.any_negative(found)):
+        refuse_not_finite(lib, function, True, z=z, codebook=codebook)
+    return found if z.ndim == 2 else lib.xp.reshape(found, tuple(z.shape[:-1]))
+
+
 def checked_indices(
     lib: Backend, function: str, indices: Array, count: int, *, name: str = "indices", bound: str = "K"
 ) -> Array:
@@ -141,4 +154,4 @@ def checked_number(
 def flat_rows(lib: Backend, x: Array) -> Array:
     """(..., D) to (N, D)."""
     # The size is spelled out: -1 is ambiguous for an empty batch.
-    return lib.xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+    return x if x.ndim == 2 else lib.xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))

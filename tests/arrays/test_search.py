@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import diveq_core as dq
 from libraries import LIBRARIES, Library, assert_close, float64_in, library_named, standard_promotion
 from processes import run_python
-from searches import EPS32, EPS64, PATHS, assert_nearest, replacement, squared_distances
+from searches import EPS32, EPS64, PATHS, assert_nearest, replace, squared_distances
 
 # What the search must not allocate: N x K x 4 bytes is 1 GiB.
 N, K, D = 1 << 15, 1 << 13, 4
@@ -27,7 +27,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param in LIBRARIES:
         return LIBRARIES[request.param]()
     found = library_named(PATHS[request.param][0])
-    monkeypatch.setattr(*replacement(request.param))
+    replace(request.param, monkeypatch.setattr)
     return found
 
 
@@ -135,12 +135,12 @@ def test_copies_give_the_first_where_their_products_round_apart(name: str, monke
 
     if name == "torch":
         monkeypatch.setattr(torch, "mm", apart)
-        monkeypatch.setattr(*replacement("torch by product"))
+        replace("torch by product", monkeypatch.setattr)
         indices = dq.nearest(torch.tensor(z), torch.tensor(codebook)).numpy()
     else:
         from diveq_numpy import backend, search
 
-        monkeypatch.setattr(*replacement("numpy without faiss"))
+        replace("numpy without faiss", monkeypatch.setattr)
         indices = search.nearest_rows(backend, z, codebook, apart)
     assert indices.max() < 37
     assert_nearest(indices, z, codebook, EPS32)
@@ -252,7 +252,7 @@ def test_no_distance_matrix_in_memory(name: str, faiss: bool, monkeypatch: pytes
     if not faiss:
         if name != "numpy":
             pytest.skip("only NumPy searches by faiss")
-        monkeypatch.setattr(*replacement("numpy without faiss"))
+        replace("numpy without faiss", monkeypatch.setattr)
     rng = np.random.default_rng(7)
     rows = N if name == "numpy" else N // 4
     z, codebook = (library.to(rng.standard_normal((n, D)).astype(np.float32)) for n in (rows, K))
@@ -276,11 +276,11 @@ def test_no_distance_matrix_in_the_process(path: str):
         import numpy as np
         import diveq_core as dq
         from libraries import LIBRARIES
-        from searches import PATHS, replacement
+        from searches import PATHS, replace
 
         library = LIBRARIES[{name!r}]()
         if {path!r} in PATHS:
-            setattr(*replacement({path!r}))
+            replace({path!r})
         rng = np.random.default_rng(0)
 
         def search(n, k):

@@ -16,7 +16,7 @@ import pytest
 import diveq_core as dq
 from libraries import LIBRARIES, library_named
 from processes import importable, run_python
-from searches import PATHS, replacement
+from searches import PATHS, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,7 +193,7 @@ def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     name = PATHS[request.param][0] if request.param in PATHS else request.param
     library = library_named(name)
     if request.param in PATHS:
-        monkeypatch.setattr(*replacement(request.param))
+        replace(request.param, monkeypatch.setattr)
 
     def found(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
         # Overflow on the way is expected; array-api-strict lets NumPy warn of it.
@@ -269,6 +269,7 @@ def test_a_finite_vector_is_never_lost(search: Callable[..., np.ndarray], length
 
 def test_faiss_is_not_asked_twice_for_what_it_cannot_tell(monkeypatch: pytest.MonkeyPatch):
     faiss = pytest.importorskip("faiss")
+    replace("numpy of many", monkeypatch.setattr)
     asked = []
     knn = faiss.knn
     monkeypatch.setattr("diveq_numpy.search._FUSED_ENTRIES", 1024 * 8)
@@ -286,7 +287,7 @@ def test_faiss_is_not_asked_twice_for_what_it_cannot_tell(monkeypatch: pytest.Mo
 
 def test_the_weight_of_a_far_vector_is_not_left_behind(monkeypatch: pytest.MonkeyPatch):
     # One chunk with far vectors, the next without.
-    monkeypatch.setattr(*replacement("numpy without faiss"))
+    replace("numpy without faiss", monkeypatch.setattr)
     rng = np.random.default_rng(0)
     codebook = rng.standard_normal((4096, 8), dtype=np.float32)
     near = codebook[rng.integers(0, 4096, 4096)]
@@ -365,6 +366,7 @@ class TestOption:
             raise AssertionError("faiss was used")
 
         monkeypatch.setattr(faiss, "knn", knn)
+        replace("numpy of many", monkeypatch.setattr)
         z = np.ones((3, 4), np.float32)
         with pytest.raises(AssertionError, match="faiss was used"):
             dq.nearest(z, z)

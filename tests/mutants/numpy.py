@@ -11,7 +11,7 @@ MUTANTS = (
         "total.reshape(-1)[entries.reshape(-1)] += values.reshape(-1)",
         verbs("DiVeQ"),
     ),
-    Mutant("NumPy: direction of any length", "Direction(x, 1 / rho)", "Direction(x, rho**0)", verbs("DiVeQ")),
+    Mutant("NumPy: direction of any length", "Direction(x, inverse)", "Direction(x, rho**0)", verbs("DiVeQ")),
     Mutant("NumPy's product: not centred", "if centred:", "if False:", "test_search.py nearest_is_right and without"),
     Mutant(
         "NumPy's product: a lost row finds something",

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-# What searches besides each library's own choice, (library, what is replaced): without faiss the library's product.
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# What searches besides each library's own choice, (library, what is switched off): NumPy has a way for few vectors,
+# and after it faiss.
 PATHS = {
-    "numpy without faiss": ("numpy", "diveq_numpy.search", "_faiss"),
-    "torch without faiss": ("torch", "diveq_numpy.search", "_faiss"),
-    "torch by product": ("torch", "diveq_torch.search", "_nearest_by_numpy"),
+    "numpy of many": ("numpy", ["few"]),
+    "numpy without faiss": ("numpy", ["few", "faiss"]),
+    "torch of many": ("torch", ["few"]),
+    "torch without faiss": ("torch", ["few", "faiss"]),
+    "torch by product": ("torch", ["numpy"]),
 }
 
 
-def replacement(path: str) -> tuple[Any, str, Any]:
-    """The module, the name in it, and what stands there instead, for a path."""
-    _, module, name = PATHS[path]
-    here = importlib.import_module(module)
-    if name == "_faiss":
-        return here, name, lambda: None
-    lib = importlib.import_module("diveq_torch").backend
-    return here, name, lambda z, codebook: here._nearest_by_product(lib, z, codebook)
+def replace(path: str, setattr: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let a library search by a path."""
+    for switched_off in PATHS[path][1]:
+        if switched_off == "few":
+            setattr(importlib.import_module("diveq_numpy.few"), "ROWS", 0)
+        elif switched_off == "faiss":
+            setattr(importlib.import_module("diveq_numpy.search"), "_faiss", lambda: None)
+        else:
+            here, lib = (importlib.import_module(name) for name in ("diveq_torch.search", "diveq_torch"))
+            product = here._nearest_by_product
+            setattr(here, "_nearest_by_numpy", lambda z, codebook: product(lib.backend, z, codebook))
 
 
 def squared_distances(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
