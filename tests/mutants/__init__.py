@@ -21,11 +21,10 @@ from mutants import (
     scalar,
     search,
     torch,
-    verbs,
 )
 
 ROOMS = (
-    *(distance, radial, rotation, curve, composite, scalar, gumbel, rule, verbs),
+    *(distance, radial, rotation, curve, composite, scalar, gumbel, rule),
     *(arrays, search, losses, codebook, directions, diagnostics),
     *(numpy, torch, jax, mlx),
 )

@@ -7,13 +7,15 @@ from mutants.mutant import Mutant
 CURVE = "test_space_filling.py torch or dithered"
 MUTANTS = (
     Mutant("curve: the ends exchanged", "return (1 - t) * c_1 + t * c_2", "return t * c_1 + (1 - t) * c_2", CURVE),
-    Mutant("curve: the first codeword twice", "indices, indices + 1)", "indices, indices)", CURVE),
+    Mutant(
+        "curve: the first codeword twice", "self.lib.xp.where(indices < 0, indices, indices + corner)", "indices", CURVE
+    ),
     Mutant("curve: weight of the first end", "g_1 = u_1.times((1 - t) * w_1", "g_1 = u_1.times(w_1", CURVE),
     Mutant("curve: g_2 stays with z", "return g - g_1 - g_2", "return g - g_1", CURVE),
     Mutant(
         "curve: the second end gets no gradient",
-        "return self.lib.segment_add(total, g_2, _following(self.lib, indices))",
-        "return total",
+        "enumerate(self._corners(indices))",
+        "enumerate(self._corners(indices)[:1])",
         CURVE,
     ),
     Mutant("curve: w carries gradient", "lib.direction(x)[1].stopped(lib)", "lib.direction(x)[1]", CURVE),
@@ -23,12 +25,7 @@ MUTANTS = (
         "return t[:, 0]",
         "test_space_filling.py projection",
     ),
-    Mutant("curve: tangent of the first end and of z added", "dends[0] - dz", "dends[0] + dz", CURVE),
+    Mutant("curve: tangent of the first end and of z added", "dc_1 - dz", "dc_1 + dz", CURVE),
     Mutant("curve: tangent along u", "w_2.times(t * u_2.dot", "u_2.times(t * u_2.dot", CURVE),
-    Mutant(
-        "curve: tangent of one end twice",
-        "for i in (indices, _following(lib, indices))]",
-        "for i in (indices, indices)]",
-        CURVE,
-    ),
+    Mutant("curve: tangent of one end twice", "u_2.dot(lib, dc_2 - dz)", "u_2.dot(lib, dc_1 - dz)", CURVE),
 )

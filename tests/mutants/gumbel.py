@@ -7,9 +7,9 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant(
         "Gumbel: the pullback reads the codebook late",
-        "words = call.lib.snapshot(codebook)",
-        "words = codebook",
-        "test_quantize.py other_pullbacks and numpy and gumbel",
+        "return self.lib.snapshot(codebook), indices",
+        "return codebook, indices",
+        "test_torch_overwritten.py gumbel_reads_the_whole",
     ),
     Mutant(
         "Gumbel: temperature lost",

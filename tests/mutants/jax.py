@@ -21,26 +21,26 @@ MUTANTS = (
     ),
     Mutant(
         "JAX: sign of the pullback",
-        "noise[0] if noise else None, ad.instantiate_zeros(g)",
-        "noise[0] if noise else None, -ad.instantiate_zeros(g)",
+        "rule.pullback(*kept, ad.instantiate_zeros(g))",
+        "rule.pullback(*kept, -ad.instantiate_zeros(g))",
         bound("DiVeQ", "jax"),
     ),
     Mutant(
         "JAX: the pushforward's residuals held constant",
-        "return out, moved + pushforward_p",
-        "return out, pushforward_p",
+        "return out, moved + linear",
+        "return out, linear",
         "test_second_order.py jax_hessian",
     ),
     Mutant(
         "JAX: the pushforward's tangents held constant",
-        "return out, moved + pushforward_p.bind(*residuals, ddz, ddcodebook, rule=rule)",
+        "return out, moved + linear",
         "return out, moved",
         "test_second_order.py jax_hessian",
     ),
     Mutant(
         "JAX: pushforward of the codebook by that of z",
-        "noise[0] if noise else None, dz, dcodebook)",
-        "noise[0] if noise else None, dz, 0 * dcodebook)",
+        "self.rule.pushforward(*self._all(kept), dz, dcodebook)",
+        "self.rule.pushforward(*self._all(kept), dz, 0 * dcodebook)",
         "test_estimators.py pushes_forward and jax and DiVeQ",
     ),
     Mutant(

@@ -13,15 +13,14 @@ MUTANTS = (
     ),
     Mutant(
         "MLX: the codebook's cotangent lost",
-        "if g_codebook is None:",
-        "if True:",
+        "known = [g_z] if g_codebook is None else [g_z, g_codebook]",
+        "known = [g_z]",
         bound("DiVeQ", "mlx"),
-        within="diveq_mlx",
     ),
     Mutant(
         "MLX: vmap takes the first codebook for all",
-        "if axes[1] is not None:",
-        "if axes[1] is not None and not (operands := (operands[0], batched[1][0])):",
+        "if whole is not None and axes[whole] is not None:",
+        "if whole is not None and axes[whole] is not None and not (operands := (operands[0], batched[1][0])):",
         "test_mlx.py vmap",
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""What every estimator's binding computes, broken."""
+"""What every estimator's call and binding compute, broken."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from mutants.mutant import Mutant, verbs
 MUTANTS = (
     Mutant(
         "hard: z + (q - z) for q",
-        "lib.astype(codebook if indices is None else lib.take_rows(codebook, indices), self.out_dtype)",
-        "lib.astype(z + (lib.take_rows(codebook, indices) - z), self.out_dtype)",
+        "lib.astype(self.gathered(codebook, indices), self.out_dtype)",
+        "lib.astype(z + (self.gathered(codebook, indices) - z), self.out_dtype)",
         "test_estimators.py bit_for_bit and numpy and STE",
     ),
     Mutant(
         "rule: all cotangents to codeword 0",
-        "lib.segment_add(total, g_q, indices)",
-        "lib.segment_add(total, g_q, indices * 0)",
+        "self.lib.segment_add(total, part, chosen)",
+        "self.lib.segment_add(total, part, chosen * 0)",
         verbs("DiVeQ"),
     ),
     Mutant(
         "rule: noise lost in the pullback",
-        "self.estimator.vjp(self.lib, z, q, noise, g)",
-        "self.estimator.vjp(self.lib, z, q, g, g)",
+        "self.estimator.vjp(lib, z, q, noise, g)",
+        "self.estimator.vjp(lib, z, q, g, g)",
         verbs("DiVeQ or NSVQ"),
     ),
     Mutant(
@@ -43,5 +43,17 @@ MUTANTS = (
         "self.lib.compute_dtype(self.out_dtype)",
         "self.out_dtype",
         verbs("DiVeQ or Power"),
+    ),
+    Mutant(
+        "the pullback reads the indices late",
+        "(lib.snapshot(x) if read and x is not None else None for x in (self.codebook, self.chosen))",
+        "(lib.snapshot(self.codebook) if read and self.codebook is not None else None), self.chosen if read else None",
+        "test_memory.py indices_given_back",
+    ),
+    Mutant(
+        "the pullback reads the codebook late",
+        "(lib.snapshot(x) if read and x is not None else None for x in (self.codebook, self.chosen))",
+        "self.codebook if read else None, (lib.snapshot(self.chosen) if read and self.chosen is not None else None)",
+        "test_quantize.py was_used and numpy",
     ),
 )
