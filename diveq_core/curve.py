@@ -168,14 +168,14 @@ def decode_curve(segments: Array, positions: Array, codebook: Array, /) -> Array
 def _position(lib: Backend, z: Array, corners: Array, segments: Array) -> Array:
     xp = lib.xp
     c_1 = lib.take_rows(corners, segments)
-    step = lib.take_rows(corners, xp.where(segments < 0, segments, segments + 1)) - c_1
-    # Each at a scale of its own, the difference of large numbers by their quarters: nothing here overflows but t.
-    quarter = z * 0.25 - c_1 * 0.25
+    c_2 = lib.take_rows(corners, xp.where(segments < 0, segments, segments + 1))
+    # Each at a scale of its own, differences of large numbers by their quarters: nothing here overflows but t.
+    step, quarter = c_2 * 0.25 - c_1 * 0.25, z * 0.25 - c_1 * 0.25
     k, own = row_scale(lib, step), row_scale(lib, quarter)
     step = step * k
     squared = lib.dot(step, step)
     t = lib.dot(quarter * own, step) / one_where(lib, squared == 0, squared)
-    t = xp.where(t == 0, t, t * k * 4 / own)
+    t = xp.where(t == 0, t, t * k / own)
     return within(lib, t, 0.0, 1.0)[:, 0]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from diveq_core.arrays.checks import check_floating, check_like, check_pair, check_vectors, flat_rows, refuse_not_finite
 from diveq_core.arrays.registry import backend_of, quiet
-from diveq_core.arrays.rows import Array, one_where, row_scale, zero_rows
+from diveq_core.arrays.rows import Array, direction, one_where, row_scale, zero_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,7 +182,9 @@ def nearest_cosine(z: Array, codebook: Array, /, *, check_finite: bool | None = 
 
 def _polar(lib: Backend, x: Array) -> tuple[Array, Array]:
     """Lengths (N, 1) and directions (N, D) in the compute dtype."""
-    return lib.polar(lib.astype(flat_rows(lib, x), lib.compute_dtype(x.dtype)))
+    # By the quotient, not by a product with the inverse: along an axis a direction is exactly of length one.
+    rho, u = direction(lib, lib.astype(flat_rows(lib, x), lib.compute_dtype(x.dtype)))
+    return rho, u.y
 
 
 def _across(lib: Backend, u: Array, v: Array, x: Array) -> Array:

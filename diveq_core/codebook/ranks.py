@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from diveq_core.arrays.draws import normal, pick
-from diveq_core.arrays.rows import describe, larger, within
+from diveq_core.arrays.rows import describe, larger, power_of_two, within
 from diveq_core.codebook.spread import each_block
 
 if TYPE_CHECKING:
@@ -155,12 +155,14 @@ class Ranks:
 
         def add(z: Array, weights: Array, rows: Array) -> None:
             nonlocal total
-            y = weighed(z, weights) / xp.where(size > 0, size, xp.ones_like(size))
+            y = weighed(z, weights) / unit
             total = total + xp.sum(xp.sum(y * columns, axis=1) * rows)
 
         each_block(lib, look, z, weights)
+        # A power of two, and a share of its exponent: ranks whose vectors are multiples of each other go apart.
+        unit = power_of_two(lib, size)
         each_block(lib, add, z, weights, rows)
-        phase = total * (437.58 / math.sqrt(math.prod(z.shape)))
+        phase = total * (437.58 / math.sqrt(math.prod(z.shape))) + xp.log(unit) * 0.6180339887
         place = xp.floor((phase - xp.floor(phase)) * _PLACES)
         return xp.astype(within(lib, place, 0, _PLACES - 1), xp.arange(1, **lib.place(z)).dtype)
 

@@ -123,16 +123,18 @@ class Composite(Quantizer):
         """The noise of each part, from one array for all or from a sequence with one for each."""
         if noise is None:
             return [None] * self.parts
-        wanted = f"{function}: noise of {type(self).__name__} must be an array, or a sequence of {self.parts} of them"
         # A tuple with names is the noise of one part.
         if hasattr(noise, "_fields"):
-            raise TypeError(f"{wanted}, got {describe(noise)}")
+            raise TypeError(f"{self._wanted_noise(function)}, got {describe(noise)}")
         if isinstance(noise, (list, tuple)):
             if len(noise) != self.parts:
-                raise ValueError(f"{wanted}, got {len(noise)}")
+                raise ValueError(f"{self._wanted_noise(function)}, got {len(noise)}")
             return list(noise)
         backend_of(function, z=z, noise=noise)
         return [self.noise_of(function, noise, z, part) for part in range(self.parts)]
+
+    def _wanted_noise(self, function: str) -> str:
+        return f"{function}: noise of {type(self).__name__} must be an array, or a sequence of {self.parts} of them"
 
     @abstractmethod
     def noise_of(self, function: str, noise: Array, z: Array, part: int) -> Array:

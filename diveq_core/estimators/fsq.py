@@ -129,13 +129,14 @@ class FSQ(Scalar):
 
 @dataclass(frozen=True)
 class _Refinement(Scalar):
-    r"""A later stage of a residual of `FSQ`: straight-through rounding to a grid that divides each cell into L.
+    r"""A stage of a residual of `FSQ`: straight-through rounding to a grid that divides each cell into L.
 
     .. math:: z_q = \Delta (k + o), \qquad k = \operatorname{clip}\big(\operatorname{round}(z / \Delta - o),
               -\lfloor L/2 \rfloor, L - 1 - \lfloor L/2 \rfloor\big), \qquad
               \Delta = \frac{1}{\lfloor L/2 \rfloor L^{\text{depth}}}, \qquad g_z = g
 
-    with o = 1/2 for even L, so that the L levels lie evenly over a cell of width :math:`L \Delta`, and 0 for odd L.
+    with o = 1/2 for even L, so that the L levels lie evenly over a cell of width :math:`L \Delta`; 0 for odd L, and in
+    the first stage, of depth 0, whose levels are those of `FSQ`.
     """
 
     levels: tuple[int, ...]
@@ -160,7 +161,7 @@ class _Refinement(Scalar):
         return (k + self._offset(lib, k)) / self._steps(lib, k)
 
     def _offset(self, lib: Backend, like: Array) -> Array:
-        return self.row(lib, [0.0 if level % 2 else 0.5 for level in self.levels], like)
+        return self.row(lib, [0.0 if level % 2 or self.depth == 0 else 0.5 for level in self.levels], like)
 
     def _steps(self, lib: Backend, like: Array) -> Array:
         """1 / Delta."""

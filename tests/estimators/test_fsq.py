@@ -245,3 +245,117 @@ def test_errors_of_decoding_and_of_the_pullback() -> None:
     _, pullback = dq.vjp(np.zeros((2, 1)), None, dq.FSQ([3]))
     with pytest.raises(ValueError, match=r"^pullback: g must have the shape of z_q, \(2, 1\), got \(2,\)"):
         pullback(np.ones(2))
+
+
+STAGED = {
+    "residual": lambda levels: dq.Residual(dq.FSQ(levels), 3),
+    "product": lambda levels: dq.Product(dq.FSQ(levels), 2),
+    "groups in stages": lambda levels: dq.Residual(dq.Product(dq.FSQ(levels), 2), 3),
+    "stages in groups": lambda levels: dq.Product(dq.Residual(dq.FSQ(levels), 3), 2),
+}
+
+
+def staged(name: str) -> tuple[Any, np.ndarray, tuple[int, ...]]:
+    """A composite of FSQ, vectors that it takes, and the levels of each of their coordinates."""
+    levels = (4, 7, 8)
+    groups = 1 if name == "residual" else 2
+    z = np.random.default_rng(0).standard_normal((2, 9, groups * len(levels))) * 1.5
+    return STAGED[name](levels), z, levels * groups
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_composites_are_straight_through_the_bound(library: Library, name: str) -> None:
+    """Whatever the number of stages, the derivative is the bound's; each verb gives the same; tokens decode exactly."""
+    estimator, z, levels = staged(name)
+    z, g = z.astype(np.float32), np.random.default_rng(1).standard_normal(z.shape).astype(np.float32)
+    leaf = torch.tensor(z, dtype=torch.float64).requires_grad_()
+    (g_z,) = torch.autograd.grad(plain(torch, torch.detach, leaf, levels), leaf, torch.tensor(g, dtype=torch.float64))
+    size = 2 * constants(levels)[0] / constants(levels)[3] * np.abs(g)
+    ours = [to_library(library, x, "float32") for x in (z, g)]
+    out, pullback = dq.vjp(ours[0], None, estimator)
+    same, tangent = dq.jvp(ours[0], None, ours[1], None, estimator)
+    again = dq.quantize(ours[0], None, estimator=estimator)
+    back, nothing = pullback(ours[1])
+    assert nothing is None
+    assert_within(back, g_z.numpy(), size, "float32", library, 16)
+    assert_within(tangent, g_z.numpy(), size, "float32", library, 16)
+    for other in (same, again):
+        np.testing.assert_array_equal(library.back(other.z_q), library.back(out.z_q))
+        np.testing.assert_array_equal(library.back(other.indices), library.back(out.indices))
+    decoded = dq.decode(out.indices, None, estimator, dtype=ours[0].dtype)
+    np.testing.assert_array_equal(library.back(decoded), library.back(out.z_q))
+    given = dq.quantize(ours[0], None, estimator, indices=out.indices)
+    np.testing.assert_array_equal(library.back(given.z_q), library.back(out.z_q))
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+@pytest.mark.parametrize("composite", STAGED)
+def test_composites_differentiate_twice(name: str, composite: str) -> None:
+    library = library_named(name)
+    estimator, z, levels = staged(composite)
+    with precision(library, "float64"):
+        z, g = library.to(z), library.to(np.random.default_rng(1).standard_normal(z.shape))
+        if name == "torch":
+            leaf = z.clone().requires_grad_()
+            (first,) = torch.autograd.grad(dq.quantize(leaf, None, estimator).z_q, leaf, g, create_graph=True)
+            (second,) = torch.autograd.grad((first**2).sum(), leaf)
+            expected = plain(torch, torch.detach, leaf, levels)
+            (want,) = torch.autograd.grad(expected, leaf, g, create_graph=True)
+            (want_second,) = torch.autograd.grad((want**2).sum(), leaf)
+        else:
+            import jax
+
+            def pulled(function: Any) -> tuple[Any, Any]:
+                first = lambda z: jax.vjp(function, z)[1](g)[0]  # noqa: E731
+                return first(z), jax.grad(lambda z: (first(z) ** 2).sum())(z)
+
+            first, second = pulled(lambda z: dq.quantize(z, None, estimator).z_q)
+            want, want_second = pulled(lambda z: plain(jax.numpy, jax.lax.stop_gradient, z, levels))
+        # Numbers of order one, ten operations.
+        np.testing.assert_allclose(library.back(first), library.back(want), rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(library.back(second), library.back(want_second), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("level", [3, 4, 5, 8, 16])
+def test_each_stage_divides_the_cells_of_the_one_before(level: int) -> None:
+    z = np.linspace(-9, 9, 2001)[:, None]
+    half, offset, shift, width = constants((level,))
+    x = (np.tanh(z + shift) * half - offset) / width
+    for stages in (1, 2, 3, 4):
+        out = dq.quantize(z, None, dq.Residual(dq.FSQ([level]), stages))
+        step = 1 / (level // 2 * float(level) ** (stages - 1))
+        # Half a step, and what the sums of a few stages round.
+        assert np.abs(out.z_q - x).max() <= step / 2 + 1e-14
+        assert set(np.unique(out.indices)) <= set(range(level))
+    np.testing.assert_array_equal(
+        dq.quantize(z, None, dq.Residual(dq.FSQ([level]), 1)).z_q, dq.quantize(z, None, dq.FSQ([level])).z_q
+    )
+
+
+def test_a_dropped_stage_adds_nothing(library: Library) -> None:
+    estimator, z, _ = staged("residual")
+    z = library.to(z.astype(np.float32))
+    indices = library.back(dq.quantize(z, None, estimator).indices).copy()
+    indices[0, :, 1:] = -1
+    out, pullback = dq.vjp(z, None, estimator, indices=library.to(indices))
+    first, first_pullback = dq.vjp(z, None, dq.Residual(estimator.estimator, 1))
+    np.testing.assert_array_equal(library.back(out.z_q)[0], library.back(first.z_q)[0])
+    decoded = dq.decode(library.to(indices), None, estimator, dtype=z.dtype)
+    np.testing.assert_array_equal(library.back(decoded), library.back(out.z_q))
+    g = library.to(np.ones(tuple(z.shape), np.float32))
+    # The gradient passes by what is dropped.
+    assert_close(pullback(g)[0], library.back(first_pullback(g)[0]), library, rtol=1e-6)
+    lost, index = z * float("nan"), library.to(np.zeros((2, 9), int))
+    assert np.isnan(library.back(dq.quantize(lost, None, estimator, check_finite=False).z_q)).all()
+    assert tuple(dq.decode(index[0, 0], None, dq.FSQ([4, 4])).shape) == (2,)
+
+
+def test_what_fsq_cannot_be_part_of() -> None:
+    with pytest.raises(TypeError, match=r"^Residual: stages of FSQ must be those of one Residual"):
+        dq.Residual(dq.Residual(dq.FSQ([5]), 2), 2)
+    with pytest.raises(TypeError, match=r"^quantize: codebook must be None, since FSQ has none, got .* \(3, 2\)"):
+        dq.quantize(np.zeros((2, 2)), np.zeros((3, 2)), dq.FSQ([5, 5]))
+    with pytest.raises(TypeError, match=r"^jvp: dcodebook must be None where the codebook is"):
+        dq.jvp(np.zeros((2, 1)), None, np.zeros((2, 1)), np.zeros((2, 1)), dq.FSQ([5]))
+    with pytest.raises(ValueError, match=r"^quantize: z must have shape .* D = 2, one for each level, got \(2, 3\)"):
+        dq.quantize(np.zeros((2, 6)), None, dq.Product(dq.FSQ([5, 5]), 2))

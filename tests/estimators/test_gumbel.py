@@ -479,3 +479,35 @@ def test_derivatives_of_both_orders_leave_out_what_is_excluded(name: str) -> Non
         assert np.isfinite(library.back(ours)).all()
         assert np.any(library.back(ours) != 0)
     np.testing.assert_array_equal(library.back(second[0])[excluded], 0)
+
+
+def test_groups_draw_each_for_itself(library: Library) -> None:
+    """A product: logits side by side, one codebook for each group or one for all."""
+    rng = np.random.default_rng(0)
+    logits, noise = rng.standard_normal((2, 4, 6)), rng.gumbel(size=(2, 4, 6))
+    g, codebooks = rng.standard_normal((2, 4, 10)), rng.standard_normal((2, 3, 5))
+    logits, noise, g, codebooks = (x.astype(np.float32) for x in (logits, noise, g, codebooks))
+    estimator = dq.GumbelST(0.7)
+    for shared in (False, True):
+        words = codebooks[0] if shared else codebooks
+        arrays = [library.to(x) for x in (logits, words)]
+        out, pullback = dq.vjp(*arrays, dq.Product(estimator, 2), noise=library.to(noise))
+        g_logits, g_words = pullback(library.to(g))
+        _, tangent = dq.jvp(*arrays, *arrays, dq.Product(estimator, 2), noise=library.to(noise))
+        totals = []
+        for group in range(2):
+            here, own = slice(3 * group, 3 * group + 3), words if shared else words[group]
+            wide = slice(5 * group, 5 * group + 5)
+            each = [library.to(np.ascontiguousarray(x)) for x in (logits[..., here], own)]
+            options = {"noise": library.to(np.ascontiguousarray(noise[..., here]))}
+            alone, back = dq.vjp(*each, estimator, **options)
+            g_l, g_e = back(library.to(np.ascontiguousarray(g[..., wide])))
+            totals.append(library.back(g_e))
+            moved = dq.jvp(*each, *each, estimator, **options)[1]
+            for whole, part in ((out.z_q, alone.z_q), (tangent, moved)):
+                np.testing.assert_array_equal(library.back(whole)[..., wide], library.back(part))
+            np.testing.assert_array_equal(library.back(out.indices)[..., group], library.back(alone.indices))
+            np.testing.assert_array_equal(library.back(g_logits)[..., here], library.back(g_l))
+        assert_close(g_words, totals[0] + totals[1] if shared else np.stack(totals), library, rtol=1e-6, atol=1e-6)
+        decoded = dq.decode(out.indices, arrays[1], dq.Product(estimator, 2))
+        np.testing.assert_array_equal(library.back(decoded), library.back(out.z_q))

@@ -21,10 +21,11 @@ from mutants import (
     scalar,
     search,
     torch,
+    verbs,
 )
 
 ROOMS = (
-    *(distance, radial, rotation, curve, composite, scalar, gumbel, rule),
+    *(distance, radial, rotation, curve, composite, scalar, gumbel, rule, verbs),
     *(arrays, search, losses, codebook, directions, diagnostics),
     *(numpy, torch, jax, mlx),
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from mutants.mutant import Mutant, second, verbs
 
 MUTANTS = (
-    Mutant("STE: g_z is -g", "return g, None", "return -g, None", verbs("STE"), within="STE"),
-    Mutant("STE: g_z halved", "return g, None", "return g / 2, None", verbs("STE"), within="STE"),
+    Mutant("STE: g_z is -g", "return g, None", "return -g, None", verbs("STE"), within="STE.vjp"),
+    Mutant("STE: g_z halved", "return g, None", "return g / 2, None", verbs("STE"), within="STE.vjp"),
     Mutant(
         "STE: the codebook gets g too",
-        "frozenset() if type(self) is STE else super().reads",
-        "super().reads",
+        "return frozenset() if type(self) is STE else super().reads",
+        "return super().reads",
         verbs("STE"),
         within="STE",
         also=(("return type(self) is not STE", "return True"), ("return g, None", "return g, g")),
@@ -33,8 +33,8 @@ MUTANTS = (
     Mutant("distance: g_z lacks g", "return g - g_q, g_q", "return -g_q, g_q", verbs("DiVeQDetach")),
     Mutant(
         "STE: tangent of q",
-        "frozenset() if type(self) is STE else super().reads",
-        "super().reads",
+        "return frozenset() if type(self) is STE else super().reads",
+        "return super().reads",
         verbs("STE"),
         within="STE",
         also=(("return type(self) is not STE", "return True"), ("return dz", "return dq")),

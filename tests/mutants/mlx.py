@@ -20,7 +20,7 @@ MUTANTS = (
     Mutant(
         "MLX: vmap takes the first codebook for all",
         "if whole is not None and axes[whole] is not None:",
-        "if whole is not None and axes[whole] is not None and not (operands := (operands[0], batched[1][0])):",
+        "if whole is not None and axes[whole] is not None and not (operands := (operands[0], batched[whole][0])):",
         "test_mlx.py vmap",
     ),
     Mutant(
