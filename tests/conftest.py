@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from libraries import LIBRARIES, Library, assert_close, library_named, standard_promotion  # noqa: F401
+from libraries import LIBRARIES, Library
 from processes import importable
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import pytest
 import diveq_core as dq
 from capabilities import PAGE, cell, known_cells
 from capability_rows import ESTIMATORS, ROWS
-from conftest import library_named
+from libraries import library_named
 from transformations import TRANSFORMATIONS, transformed
 
 if TYPE_CHECKING:
-    from conftest import Library
+    from libraries import Library
 
 WRITTEN = PAGE.read_text(encoding="utf-8")
 

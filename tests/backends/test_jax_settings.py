@@ -30,7 +30,7 @@ SETTINGS = {
     "checking_leaks": jax.checking_leaks,
 }
 # Every call compiles everything anew.
-LEAKS = ["DiVeQ()", "Rotation()", "Residual(DiVeQ(), 2)", "fsq", "ema_update", "project, decode_curve"]
+LEAKS = ["DiVeQ()", "Rotation()", "Residual(DiVeQ(), 2)", "FSQ", "ema_update", "project, decode_curve"]
 
 
 @pytest.fixture(autouse=True)

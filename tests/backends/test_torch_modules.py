@@ -100,11 +100,11 @@ VERBS = {
     "quantize": lambda z, c: dq.quantize(z, c, dq.STE()),
     "vjp": lambda z, c: dq.vjp(z, c, dq.Residual(dq.DiVeQ(), 2)),
     "jvp": lambda z, c: dq.jvp(z, c, z, c, dq.STE()),
-    "fsq": lambda z, c: dq.quantize(z, None, dq.FSQ([5, 4, 3])),
+    "quantize by FSQ": lambda z, c: dq.quantize(z, None, dq.FSQ([5, 4, 3])),
     "normalize": lambda z, c: dq.normalize(z),
     "nearest_cosine": dq.nearest_cosine,
     "codebook_loss": lambda z, c: dq.codebook_loss(z, c, torch.zeros(6, dtype=torch.int64)),
-    "GumbelST": lambda z, c: dq.quantize(z, c[:3], dq.GumbelST()),
+    "quantize by GumbelST": lambda z, c: dq.quantize(z, c[:3], dq.GumbelST()),
     "linear_codebook": lambda z, c: dq.linear_codebook((z, c[:3])),
 }
 
@@ -115,7 +115,7 @@ VERBS = {
 def test_what_is_not_dense_is_refused(verb: str, layout: str):
     z, codebook, _ = (x.detach() for x in problem())
     with pytest.raises(
-        TypeError, match=rf"^{verb}: .* must be a dense array .*, got a (nested )?tensor of layout torch"
+        TypeError, match=rf"^{verb.split()[0]}: .* must be a dense array .*, got a (nested )?tensor of layout torch"
     ):
         VERBS[verb](REFUSED[layout](z), codebook)
 

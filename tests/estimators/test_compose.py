@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import Library, assert_close, library_named
+from libraries import Library, assert_close, library_named
 
 K, D, BATCH = 7, 6, (4, 5)
 

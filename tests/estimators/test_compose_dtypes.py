@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from conftest import Library, library_named, standard_promotion
+from libraries import Library, library_named, standard_promotion
 
 K, D, N = 6, 8, 40
 

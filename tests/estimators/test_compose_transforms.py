@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diveq_core as dq
-from conftest import Library, library_named, standard_promotion
+from libraries import Library, library_named, standard_promotion
 from strategies import EPS, example_count, precision, to_library
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diveq_core as dq
-from conftest import Library, assert_close, library_named
+from libraries import Library, assert_close, library_named
 from strategies import EPS, ROUNDINGS, assert_within, dtypes_of, example_count, precision, round_to, to_library
 
 torch = pytest.importorskip("torch", reason="torch's automatic differentiation is the reference")

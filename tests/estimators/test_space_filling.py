@@ -10,10 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diveq_core as dq
-from conftest import Library, assert_close, standard_promotion
 from diveq_core.arrays.registry import backend_of
+from libraries import Library, assert_close, generators, standard_promotion
 from strategies import to_library
-from test_quantize import generators
 
 ESTIMATORS = [dq.SFDiVeQDetach(), dq.SFDiVeQ(0.3)]
 
