@@ -13,7 +13,8 @@ the compute dtype at 1, the chosen codeword a and the nearest b satisfy
 .. math:: \|z - E_a\|^2 - \|z - E_b\|^2 \le (2\sqrt D + 12)\,\epsilon\,(\|z - c\| + l)\,l, \qquad
           l = \max(\|E_a - c\|, \|E_b - c\|)
 
-So the length of a vector far outside the codebook costs one factor only, where a score with :math:`\|y\|^2` in it would
+The centre c is the mean of the codewords, without those far from the others. So the length of a vector far outside the
+codebook costs one factor only, where a score with :math:`\|y\|^2` in it would
 lose two. Equal codewords give the lowest index. Lengths below :math:`2^{-80}` of the longest may count as zero.
 """
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diveq_core.arrays.rows import power_of_two
+from diveq_core.arrays.rows import power_of_two, smaller, zero_rows
 
 if TYPE_CHECKING:
     from diveq_core.arrays.backend import Backend
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 # Codewords are brought to about 2^HEADROOM: squares of the shortest that matter stay normal numbers, and products
 # with vectors up to 2^REACH stay finite.
 _HEADROOM, REACH = 30, 60
+
+# How many times as far from the mean as on average a codeword is left out of the centre.
+_FAR = 4.0
 
 # How often codewords are sorted whose keys meet by chance.
 _ROUNDS = 64
@@ -51,17 +55,22 @@ def rows_per_chunk(lib: Backend, count: int, width: int) -> int:
 def frame(lib: Backend, codebook: Array) -> tuple[Array, Array]:
     """Centre c (1, D) and power of two s () in which the codebook has zero mean and order 2^HEADROOM.
 
-    The centre is the mean rounded to a multiple of the spread: then the subtraction is exact for
-    codewords that share an offset, and data on a coarse grid keep their exact ties.
+    The centre is the mean of all codewords but those far from the others, rounded to a multiple of the spread of these:
+    then the subtraction is exact for codewords that share an offset, and data on a coarse grid keep their exact ties.
+    A codeword far away would draw the mean to where there are no others.
     """
-    xp = lib.xp
+    xp, share = lib.xp, 1 / codebook.shape[0]
     # Divided first: the sum of large codewords may overflow.
-    mean = xp.sum(codebook * (1 / codebook.shape[0]), axis=0, keepdims=True)
-    reach = xp.max(xp.abs(codebook - mean))
-    # So may a difference of large codewords.
-    largest = xp.full_like(reach, float(xp.finfo(reach.dtype).max))
-    spread = power_of_two(lib, xp.where(xp.isfinite(reach), reach, largest))
-    rounded = xp.round(mean / spread) * spread
+    mean = xp.sum(codebook * share, axis=0, keepdims=True)
+    apart = xp.max(xp.abs(codebook - mean), axis=1, keepdims=True)
+    far = apart > _FAR * xp.sum(apart * share)
+    kept = xp.sum(xp.astype(~far, codebook.dtype))
+    mean = xp.sum(zero_rows(lib, far, codebook) * (1 / kept), axis=0, keepdims=True)
+    apart = xp.max(xp.abs(codebook - mean), axis=1, keepdims=True)
+    # A difference of large codewords may overflow.
+    apart = smaller(lib, apart, xp.full_like(apart, float(xp.finfo(apart.dtype).max)))
+    spread, near = power_of_two(lib, xp.max(apart)), power_of_two(lib, xp.max(zero_rows(lib, far, apart)))
+    rounded = xp.round(mean / near) * near
     centre = xp.where(xp.isfinite(rounded), rounded, mean)
     # In two steps, neither of which leaves the normal numbers. The smallest spreads get less than HEADROOM.
     limit = xp.full_like(spread, 2.0**90 if spread.dtype == xp.float32 else 2.0**960)

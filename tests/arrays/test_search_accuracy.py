@@ -83,6 +83,14 @@ def far_codeword(rng, count, width):
     return z, codebook
 
 
+def far_codeword_and_offset(rng, count, width):
+    """All about one point but one codeword, which must not draw the centre to where no other is."""
+    offset = rng.standard_normal(width) * 10.0 ** rng.uniform(1, 3)
+    z, codebook = offset + _normal(rng, ROWS, width), offset + _normal(rng, count, width)
+    codebook[rng.integers(count)] *= 10.0 ** rng.uniform(1, 12)
+    return z, codebook
+
+
 def uneven_lengths(rng, count, width):
     return _normal(rng, ROWS, width) * _lengths(rng, -9, 1), _normal(rng, count, width) * np.geomspace(
         1e-9, 1, count
@@ -139,7 +147,17 @@ KINDS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
             offset_of_one,
             offset_of_order_one,
         ),
-        *(far_codeword, uneven_lengths, clusters, near_ties, far_ties, few_levels, subnormal, near_overflow),
+        *(
+            far_codeword,
+            far_codeword_and_offset,
+            uneven_lengths,
+            clusters,
+            near_ties,
+            far_ties,
+            few_levels,
+            subnormal,
+            near_overflow,
+        ),
     )
 }
 
@@ -153,9 +171,11 @@ def drawn(kind: str, shape: tuple[int, int], seed: int) -> tuple[np.ndarray, np.
 
 
 def centre(codebook: np.ndarray) -> np.ndarray:
-    """The mean, rounded to a multiple of the spread."""
-    mean = codebook.mean(axis=0)
-    spread = np.abs(codebook - mean).max()
+    """The mean of all but those far from the others, rounded to a multiple of their spread."""
+    apart = np.abs(codebook - codebook.mean(axis=0)).max(axis=1)
+    near = codebook[apart <= 4 * apart.mean()]
+    mean = near.mean(axis=0)
+    spread = np.abs(near - mean).max()
     spread = EXTENDED(2) ** np.floor(np.log2(spread)) if spread > 0 else EXTENDED(1)
     return np.round(mean / spread) * spread
 

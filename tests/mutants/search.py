@@ -6,6 +6,12 @@ from mutants.mutant import Mutant
 
 MUTANTS = (
     Mutant(
+        "search: a far codeword draws the centre",
+        "far = apart > _FAR * xp.sum(apart * share)",
+        "far = apart < 0 * xp.sum(apart * share)",
+        "test_search_accuracy.py one_statement and strict and far and offset",
+    ),
+    Mutant(
         "search: no centring",
         "centre = xp.where(xp.isfinite(rounded), rounded, mean)",
         "centre = 0 * mean",
