@@ -170,12 +170,14 @@ def _position(lib: Backend, z: Array, corners: Array, segments: Array) -> Array:
     c_1 = lib.take_rows(corners, segments)
     c_2 = lib.take_rows(corners, xp.where(segments < 0, segments, segments + 1))
     # Each at a scale of its own, differences of large numbers by their quarters: nothing here overflows but t.
-    step, quarter = c_2 * 0.25 - c_1 * 0.25, z * 0.25 - c_1 * 0.25
+    large = xp.max(xp.abs(c_1), axis=-1, keepdims=True) > 1
+    part = xp.where(large, xp.full_like(c_1[:, :1], 0.25), xp.ones_like(c_1[:, :1]))
+    step, quarter = c_2 * part - c_1 * part, z * 0.25 - c_1 * 0.25
     k, own = row_scale(lib, step), row_scale(lib, quarter)
     step = step * k
     squared = lib.dot(step, step)
     t = lib.dot(quarter * own, step) / one_where(lib, squared == 0, squared)
-    t = xp.where(t == 0, t, t * k / own)
+    t = xp.where(t == 0, t, t * k * (4 * part) / own)
     return within(lib, t, 0.0, 1.0)[:, 0]
 
 

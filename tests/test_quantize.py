@@ -436,7 +436,7 @@ def test_what_makes_a_codebook_may_be_overwritten_before_other_pullbacks(name: s
     calls, overwritten, g = {
         "codebook_loss": (lambda c: dq.codebook_loss_vjp(to(z), c, to(indices)), [words], one),
         "commitment_loss": (lambda c: dq.commitment_loss_vjp(to(z), c, to(indices)), [words], one),
-        "linear_codebook": (dq.linear_codebook_vjp, [words, weight], words),
+        "linear_codebook": (lambda *factors: dq.linear_codebook_vjp(factors), [words, weight], words),
         "normalize": (dq.normalize_vjp, [words], words),
         "gumbel": (lambda c: dq.vjp(to(logits), c, dq.GumbelST(), noise=to(logits)), [words], z),
     }[function]

@@ -147,17 +147,17 @@ class TorchBackend(Backend):
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
         if _is_plain(total, values, segments) and not self.any_negative(segments):
             return total.index_add_(0, segments, values)
-        # One segment more takes the rows whose segment is negative.
-        count, width = total.shape
-        kept = torch.where(segments < 0, count, segments)
-        return torch.cat([total, total.new_zeros(1, width)]).index_add(0, kept, values)[:count]
+        # Not by one segment more: the vmap of torch.autograd.functional knows no concatenation.
+        lost = segments < 0
+        return total.index_add(0, torch.where(lost, 0, segments), torch.where(lost[:, None], 0.0, values))
 
     def take_rows(self, codebook: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         if _is_plain(codebook, indices):
             # Looking for a negative index takes longer than to find none.
             with contextlib.suppress(IndexError):
                 return codebook.index_select(0, indices)
-        return super().take_rows(codebook, indices)
+        rows = codebook.index_select(0, torch.where(indices < 0, 0, indices))
+        return torch.where((indices < 0)[:, None], float("nan"), rows)
 
     def row_keys(self, codebook: torch.Tensor) -> torch.Tensor:
         # Adding zero makes -0.0 and 0.0 one key, as they are one number. Integer sums are exact in any order.

@@ -47,13 +47,20 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _Reverse.forward(*inputs)
+        rule, _, *arrays = inputs
+        few = rule.linearized(*arrays) if _reads_words(rule) else None
+        output, ctx.pull = few or (_Reverse.forward(*inputs), None)
         _Reverse.setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, g: Any) -> tuple[Any, ...]:
-        return _Reverse.backward(ctx, g)
+        if ctx.pull is None or torch.is_grad_enabled():
+            return _Reverse.backward(ctx, g)
+        # Read for torch's check that nothing was overwritten.
+        assert ctx.saved_tensors is not None
+        g_z, g_codebook = ctx.pull(g)
+        return None, None, g_z.clone() if g_z is g else g_z, g_codebook, None, None
 
 
 class _Both(_Reverse):
@@ -104,6 +111,9 @@ class _Fixed:
 
     def pushforward(self, z: Any, _codebook: None, _indices: None, noise: Any, dz: Any, _dcodebook: None) -> Any:
         return self.rule.pushforward(z, self.words, None, self._noise(noise), dz, None)
+
+    def linearized(self, *_: Any) -> None:
+        return None
 
     def _noise(self, given: Any) -> Any:
         return given if self.noise is None else self.noise

@@ -87,13 +87,25 @@ def backend_of(function: str, **arrays: Array) -> Backend:
     ImportError
         If the library's backend cannot be imported.
     """
-    served = {name: _serving(function, name, x) for name, x in arrays.items()}
-    first, *others = served.values()
-    for other in others:
-        if other is not first:
-            got = ", ".join(f"{name} of {lib.name}" for name, lib in served.items())
-            raise TypeError(f"{function}: expected all arrays of one library, got {got}")
-    return first
+    lib: Backend | None = None
+    kind: type | None = None
+    for name, x in arrays.items():
+        # What is of one type is of one library.
+        served = lib if lib is not None and type(x) is kind else _registered(x) or _standard(function, name, x)
+        unfit = served.unfit(x)
+        if unfit is not None:
+            raise TypeError(f"{function}: {name} must be a dense array with one size along each axis, got {unfit}")
+        if lib is None:
+            lib, kind = served, type(x)
+        elif served is not lib:
+            raise TypeError(f"{function}: expected all arrays of one library, got {_libraries(function, arrays)}")
+    assert lib is not None
+    return lib
+
+
+def _libraries(function: str, arrays: dict[str, Array]) -> str:
+    served = {name: _registered(x) or _standard(function, name, x) for name, x in arrays.items()}
+    return ", ".join(f"{name} of {lib.name}" for name, lib in served.items())
 
 
 def quiet(function: Callable[P, T]) -> Callable[P, T]:
@@ -101,11 +113,7 @@ def quiet(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> T:
-        # Also those of a pair of arrays.
-        found = (
-            _registered(x) for argument in args for x in (argument if isinstance(argument, tuple) else (argument,))
-        )
-        lib = next((backend for backend in found if backend is not None), None)
+        lib = _of_any(args)
         if lib is None:
             return function(*args, **options)
         out = lib.quiet(function)(*args, **options)
@@ -116,12 +124,13 @@ def quiet(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def _serving(function: str, name: str, x: Array) -> Backend:
-    backend = _registered(x) or _standard(function, name, x)
-    unfit = backend.unfit(x)
-    if unfit is not None:
-        raise TypeError(f"{function}: {name} must be a dense array with one size along each axis, got {unfit}")
-    return backend
+def _of_any(args: tuple[object, ...]) -> Backend | None:
+    """The backend of the first array among them, also in a pair of arrays."""
+    for x in args:
+        lib = _of_any(x) if isinstance(x, tuple) else _registered(x)
+        if lib is not None:
+            return lib
+    return None
 
 
 def _registered(x: object) -> Backend | None:

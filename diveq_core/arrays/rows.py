@@ -68,6 +68,12 @@ def zero_rows(lib: Backend, condition: Array, x: Array) -> Array:
     return lib.xp.where(condition, lib.xp.zeros_like(x), x)
 
 
+def side_by_side(lib: Backend, *arrays: Array) -> Array:
+    """Arrays (N, D) as one, (N, k D); stacked, since torch's older vmap knows no concatenation."""
+    count, width = arrays[0].shape
+    return arrays[0] if len(arrays) == 1 else lib.xp.reshape(lib.xp.stack(arrays, axis=1), (count, len(arrays) * width))
+
+
 def larger(lib: Backend, x: Array, y: Array) -> Array:
     """The larger of two arrays, entry by entry; the standard has ``maximum`` since 2023.12 only."""
     return lib.xp.where(x < y, y, x)

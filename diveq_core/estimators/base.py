@@ -21,6 +21,8 @@ from diveq_core.estimators.call import OneCall
 from diveq_core.estimators.rule import Rule
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diveq_core.arrays.backend import Backend
     from diveq_core.arrays.rows import Array
     from diveq_core.estimators.call import Call
@@ -182,6 +184,12 @@ class Estimator(Single):
     @abstractmethod
     def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
         """Pushforward of ``dz`` and ``dq``: the tangent of z_q, (N, D)."""
+
+    def linearized(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> tuple[Array, Callable[..., Any]]:
+        """``forward``, and ``vjp`` as a function of ``g`` alone: override it to compute once what both need."""
+        # A copy: what is given may be overwritten before the cotangent comes.
+        z_q = lib.copy(q) if self.hard else self.forward(lib, z, q, noise)
+        return z_q, lambda g: self.vjp(lib, z, q, noise, g)
 
     def rule(self, lib: Backend, z: Array, codebook: Any) -> Bindable:
         return Rule.of(lib, self, z, codebook)

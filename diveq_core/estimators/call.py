@@ -70,15 +70,16 @@ class OneCall(NamedTuple):
         # Moving averages may overwrite the codebook before the pullback is called.
         read = "q" in rule.reads or rule.trains_codebook
         words, chosen = (lib.snapshot(x) if read and x is not None else None for x in (self.codebook, self.chosen))
+        few = rule.linearized(z, words, chosen, noise) if read else None
 
         def pullback(g: Array) -> tuple[Array, Any]:
             rows = flat_rows(lib, g)
-            g_z, g_codebook = rule.pullback(z, words, chosen, noise, rows)
+            g_z, g_codebook = few[1](rows) if few else rule.pullback(z, words, chosen, noise, rows)
             if g_z is rows:
                 g_z = lib.copy(g_z)
-            return lib.xp.reshape(g_z, (*self.batch, z.shape[1])), g_codebook
+            return g_z if g_z.ndim == g.ndim else lib.xp.reshape(g_z, (*self.batch, z.shape[1])), g_codebook
 
-        return self._shaped(rule.forward(z, self.codebook, self.chosen, noise)), pullback
+        return self._shaped(few[0] if few else rule.forward(z, self.codebook, self.chosen, noise)), pullback
 
     def jvp(self, dz: Array, dcodebook: Any) -> tuple[Quantized, Array]:
         lib, rows = self.lib, flat_rows(self.lib, dz)
@@ -89,5 +90,7 @@ class OneCall(NamedTuple):
         return out, lib.xp.reshape(tangent, tuple(out.z_q.shape))
 
     def _shaped(self, z_q: Array) -> Quantized:
+        if len(self.batch) == 1:
+            return Quantized(z_q, self.indices)
         reshape = self.lib.xp.reshape
         return Quantized(reshape(z_q, (*self.batch, z_q.shape[1])), reshape(self.indices, self.batch))

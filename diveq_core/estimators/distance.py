@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diveq_core.arrays.rows import Array, Direction, check_option
 from diveq_core.estimators.base import Estimator
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diveq_core.arrays.backend import Backend
 
 
@@ -28,7 +30,18 @@ class _Distance(Estimator):
     def vjp(self, lib: Backend, z: Array, q: Array, noise: Array | None, g: Array) -> tuple[Array, Array | None]:
         d = q - z
         _, u = lib.direction(d)
-        w = self.w(lib, d, u, noise).stopped(lib)
+        return self._pulled(lib, u, self.w(lib, d, u, noise).stopped(lib), g)
+
+    def linearized(self, lib: Backend, z: Array, q: Array, noise: Array | None) -> tuple[Array, Callable[..., Any]]:
+        if type(self).forward is not _Distance.forward or type(self).vjp is not _Distance.vjp:
+            # What is derived from it may have rules of its own.
+            return super().linearized(lib, z, q, noise)
+        d = q - z
+        rho, u = lib.direction(d)
+        w = self.w(lib, d, u, noise)
+        return q if self.hard else w.added_to(lib, z, rho), lambda g: self._pulled(lib, u, w, g)
+
+    def _pulled(self, lib: Backend, u: Direction, w: Direction, g: Array) -> tuple[Array, Array]:
         g_q = u.times(w.dot(lib, g))
         return g - g_q, g_q
 

@@ -191,7 +191,7 @@ class _Bound(Estimator):
         self, function: str, lib: Backend, z: Array, codebook: None, noise: Any, rng: Any, indices: Array | None
     ) -> Call:
         rows = flat_rows(lib, z)
-        rule = Rule(lib, self, z.dtype, z.dtype, z.dtype)
+        rule = Rule.of(lib, self, z, None)
         # Nothing is chosen here.
         nothing = lib.as_indices(lib.xp.zeros((rows.shape[0],), dtype=lib.xp.int32, **lib.place(z)))
         return OneCall(lib, rule, rows, None, None, None, nothing, tuple(z.shape[:-1]))

@@ -151,6 +151,9 @@ class GumbelRule:
             moved = moved + lib.matmul(self._live(y, indices), dcodewords)
         return lib.astype(moved, lib.result_dtype(logits, codebook))
 
+    def linearized(self, *_: Any) -> None:
+        return None
+
     def _centred(self, y: Array, x: Array) -> Array:
         """``(diag y - y y^T) x / tau``: symmetric, so it serves both directions."""
         return y * (x - self.lib.dot(y, x)) / self.estimator.temperature

@@ -10,12 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from diveq_core.arrays.rows import side_by_side
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core.arrays.backend import Backend
     from diveq_core.arrays.rows import Array
     from diveq_core.estimators.base import Estimator
+
+
+# The output, and the pullback of its cotangent.
+Linearized = tuple[Any, "Callable[[Any], tuple[Any, Any]]"]
+
+# Entries of the vectors of which a pullback may keep temporaries: to compute them anew takes longer than the rest.
+_FEW = 1 << 14
 
 
 class Bindable(Protocol):
@@ -47,6 +56,9 @@ class Bindable(Protocol):
         self, z: Any, codebook: Any, indices: Array | None, noise: Any, dz: Array, dcodebook: Any
     ) -> Array: ...
 
+    def linearized(self, z: Any, codebook: Any, indices: Array | None, noise: Any) -> Linearized | None:
+        """`forward`, and `pullback` of its cotangent alone, which keeps what both compute; None if that is too much."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -63,10 +75,14 @@ class Rule:
     out_dtype: Any
     """That of z_q, the result dtype of both."""
 
+    dtype: Any
+    """The one in which the estimator computes."""
+
     @classmethod
-    def of(cls, lib: Backend, estimator: Estimator, z: Array, codebook: Array) -> Self:
-        """The rule for these dtypes."""
-        return cls(lib, estimator, z.dtype, codebook.dtype, lib.result_dtype(z, codebook))
+    def of(cls, lib: Backend, estimator: Estimator, z: Array, codebook: Array | None) -> Self:
+        """The rule for these dtypes; of z alone, without a codebook."""
+        words, out = (z.dtype,) * 2 if codebook is None else (codebook.dtype, lib.result_dtype(z, codebook))
+        return cls(lib, estimator, z.dtype, words, out, lib.compute_dtype(out))
 
     @property
     def reads(self) -> frozenset[str]:
@@ -85,7 +101,7 @@ class Rule:
         if codebook is None or indices is None:
             return codebook
         words = [self.lib.take_rows(codebook, corner) for corner in self._corners(indices)]
-        return words[0] if len(words) == 1 else self.lib.xp.concat(words, axis=1)
+        return side_by_side(self.lib, *words)
 
     def fixed(self, codebook: Any, indices: Array | None) -> tuple[Any, None]:
         return self.gathered(codebook, indices), None
@@ -135,6 +151,23 @@ class Rule:
 
         return self._by_rows(rows, codebook, indices, z, noise, dz)
 
+    def linearized(self, z: Array, codebook: Any, indices: Array | None, noise: Array | None) -> Linearized | None:
+        lib = self.lib
+        if z.shape[0] * z.shape[1] > _FEW or indices is None or lib.records(z, codebook):
+            return None
+        arrays = (z, self.gathered(codebook, indices), noise)
+        z_q, vjp = self.estimator.linearized(lib, *map(self._computed, arrays))
+
+        def pullback(g: Array) -> tuple[Array, Array | None]:
+            g_z, g_q = vjp(self._computed(g))
+            total = None
+            if self.trains_codebook:
+                total = lib.xp.zeros_like(codebook, dtype=self.dtype)
+                total = lib.astype(total if g_q is None else self._scattered(total, indices, g_q), self.codebook_dtype)
+            return lib.astype(g_z, self.z_dtype), total
+
+        return lib.astype(z_q, self.out_dtype), pullback
+
     def _corners(self, indices: Array) -> list[Array]:
         """The indices of each corner; the mark -1 stays."""
         later = range(1, self.estimator.corners)
@@ -167,4 +200,4 @@ class Rule:
 
     def _computed(self, x: Any) -> Any:
         """``x`` in the dtype in which the estimator computes; None stays None."""
-        return None if x is None else self.lib.astype(x, self.lib.compute_dtype(self.out_dtype))
+        return None if x is None else self.lib.astype(x, self.dtype)

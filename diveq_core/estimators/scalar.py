@@ -71,8 +71,7 @@ class Scalar(Estimator):
             indices = lib.xp.reshape(indices, (rows.shape[0],))
             digits = self._digits(lib, indices)
         words = self._levels(lib, indices, digits, dtype)
-        rule = Rule(lib, self, z.dtype, dtype, z.dtype)
-        return OneCall(lib, rule, rows, words, None, None, indices, batch)
+        return OneCall(lib, Rule.of(lib, self, z, None), rows, words, None, None, indices, batch)
 
     def decode(self, lib: Backend, indices: Array, codebook: None, dtype: Any) -> Array:
         flat = lib.xp.reshape(indices, (math.prod(indices.shape),))

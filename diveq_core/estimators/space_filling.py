@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diveq_core.arrays.checks import check_floating, check_shape
 from diveq_core.arrays.draws import uniform
 from diveq_core.arrays.registry import backend_of
-from diveq_core.arrays.rows import Array, Direction, check_option, describe
+from diveq_core.arrays.rows import Array, Direction, check_option, describe, side_by_side
 from diveq_core.estimators.base import Estimator
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class _SpaceFilling(Estimator):
         u_1, u_2 = (lib.direction(x)[1] for x in d)
         g_1 = u_1.times((1 - t) * w_1.dot(lib, g))
         g_2 = u_2.times(t * w_2.dot(lib, g))
-        return g - g_1 - g_2, lib.xp.concat([g_1, g_2], axis=1)
+        return g - g_1 - g_2, side_by_side(lib, g_1, g_2)
 
     def jvp(self, lib: Backend, z: Array, q: Array, noise: Array | None, dz: Array, dq: Array) -> Array:
         assert noise is not None

@@ -12,8 +12,8 @@ MUTANTS = (
     Mutant("curve: g_2 stays with z", "return g - g_1 - g_2", "return g - g_1", CURVE),
     Mutant(
         "curve: the second end gets no gradient",
-        "lib.xp.concat([g_1, g_2], axis=1)",
-        "lib.xp.concat([g_1, 0 * g_2], axis=1)",
+        "side_by_side(lib, g_1, g_2)",
+        "side_by_side(lib, g_1, 0 * g_2)",
         CURVE,
     ),
     Mutant("curve: w carries gradient", "lib.direction(x)[1].stopped(lib)", "lib.direction(x)[1]", CURVE),
