@@ -57,7 +57,8 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     Returns
     -------
     Projected
-        ``z_q`` and ``positions`` in the result dtype of both; `decode_curve` gives ``z_q`` exactly. A vector that is
+        ``z_q`` and ``positions`` in the result dtype of both; `decode_curve` gives ``z_q`` exactly. A corner is the
+        start of its segment, and only the last one the end of one. A vector that is
         not finite, where nothing was refused, gets segment -1 and NaN.
 
     Raises
@@ -111,6 +112,9 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
         # The position again from differences, which keep the digits that the expansion lost.
         positions.append(_position(lib, chunk, corners, segments[-1]))
     segment, position = xp.concat(segments), lib.astype(xp.concat(positions), out_dtype)
+    # The end of one segment is the start of the next: rounding must not choose between the two.
+    at_end = (position >= 1) & (segment < codebook.shape[0] - 2)
+    segment, position = xp.where(at_end, segment + 1, segment), xp.where(at_end, xp.zeros_like(position), position)
     shape = tuple(z.shape[:-1])
     segment, position = xp.reshape(segment, shape), xp.reshape(position, shape)
     return Projected(decode_curve(segment, position, lib.astype(codebook, out_dtype)), segment, position)

@@ -101,7 +101,7 @@ class NumPyBackend(Backend):
         return super().direction(x)
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
-        return in_blocks(np.empty, _BLOCK_ENTRIES, function, *arrays)
+        return in_blocks(lambda like, shape: np.empty(shape, like.dtype), _BLOCK_ENTRIES, function, *arrays)
 
     def segment_add(self, total: np.ndarray, values: np.ndarray, segments: np.ndarray) -> np.ndarray:
         if self.any_negative(segments):

@@ -141,7 +141,7 @@ class TorchBackend(Backend):
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         if _is_plain(*(x for x in arrays if x is not None)):
-            return in_blocks(torch.empty, _BLOCK_ENTRIES, function, *arrays)
+            return in_blocks(torch.Tensor.new_empty, _BLOCK_ENTRIES, function, *arrays)
         return function(*arrays)
 
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,8 @@ def _own_product(z: torch.Tensor, codebook: torch.Tensor) -> bool:
 
 def _numpy_view(x: torch.Tensor) -> np.ndarray:
     """The tensor's memory. Unlike `Tensor.numpy`, this leaves its storage resizable, as sharding needs it."""
+    # The sign of a view may be a bit of the tensor's, of which NumPy would not know.
+    x = x.resolve_neg()
     return np.from_dlpack(
         x if type(x) is torch.Tensor and not x.requires_grad else x.detach().as_subclass(torch.Tensor)
     )

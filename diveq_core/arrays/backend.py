@@ -155,8 +155,10 @@ class Backend:
                 f"of shape {tuple(z.shape)}), or as rng= an object with a method standard_normal(shape), "
                 f"got {describe(rng)}"
             )
-        drawn = rng.standard_normal(tuple(z.shape)).tolist()
-        return self.astype(self.xp.asarray(drawn, dtype=self.compute_dtype(z.dtype)), z.dtype)
+        drawn = rng.standard_normal(tuple(z.shape))
+        if not self.owns(drawn):
+            drawn = self.xp.asarray(drawn.tolist(), dtype=self.compute_dtype(z.dtype))
+        return self.astype(drawn, z.dtype)
 
     def streams(self, function: str, rng: Any, count: int) -> list[Any]:
         """``rng`` for each of so many draws."""

@@ -142,7 +142,9 @@ def lengths_in_range(shortest: float, longest: float, *, double: bool) -> bool:
 def in_blocks(
     empty: Callable[..., Array], entries: int, function: Callable[..., Array], *arrays: Array | None
 ) -> Array:
-    """``function`` of blocks of rows of the arrays, of about so many entries, in one result made by ``empty``.
+    """``function`` of blocks of rows of the arrays, of about so many entries, in one result.
+
+    It is made by ``empty(block, shape)``, in the dtype and on the device of a block.
 
     Temporaries of one block stay in cache, where those of all rows would each cost a trip to memory.
     """
@@ -155,7 +157,7 @@ def in_blocks(
         here = slice(start, start + rows)
         block = function(*(None if x is None else x[here] for x in arrays))
         if result is None:
-            result = empty((count, *block.shape[1:]), dtype=block.dtype)
+            result = empty(block, (count, *block.shape[1:]))
         result[here] = block
     return result
 

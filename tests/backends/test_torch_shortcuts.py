@@ -44,6 +44,28 @@ class TestEagerShortcuts:
             assert found.untyped_storage().resizable()
             assert codebook.untyped_storage().resizable()
 
+    @pytest.mark.parametrize("which", ["z", "codebook"])
+    def test_a_sign_that_is_a_bit_of_the_tensor(self, which: str):
+        rng = torch.Generator().manual_seed(0)
+        z, codebook = (torch.randn(n, 4, dtype=torch.cfloat, generator=rng).conj().imag for n in (9, 5))
+        assert z.is_neg()
+        plain = z.clone(), codebook.clone()
+        views = (z, plain[1]) if which == "z" else (plain[0], codebook)
+        assert_equal(dq.nearest(*views), dq.nearest(*plain))
+        assert_equal(dq.quantize(*views, dq.DiVeQDetach()).z_q, dq.quantize(*plain, dq.DiVeQDetach()).z_q)
+
+    def test_blocks_of_rows_stay_where_they_are(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("diveq_torch._BLOCK_ENTRIES", 64)
+        z, codebook, noise = (x.detach() for x in problem(rows=100))
+        g = torch.ones_like(z)
+        expected = dq.vjp(z, codebook, dq.DiVeQ(), noise=noise)[1](g)
+        # Where tensors go that do not say.
+        with torch.device("meta"):
+            out, pullback = dq.vjp(z, codebook, dq.DiVeQ(), noise=noise)
+            found = pullback(g)
+        assert out.z_q.device.type == "cpu"
+        assert_equal(found, expected)
+
     @pytest.mark.parametrize("noted", ["nothing", "a mode's operators"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
     def test_the_same_either_way(self, dtype: torch.dtype, noted: str, monkeypatch: pytest.MonkeyPatch):

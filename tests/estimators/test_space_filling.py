@@ -407,3 +407,19 @@ def test_vectors_far_beyond_a_curve_go_to_its_ends(library: Library, size: float
     with np.errstate(all="ignore"):
         out = dq.project(library.to(z), library.to(corners))
     np.testing.assert_array_equal(library.back(out.z_q), corners[[2 if length > 0 else 0]])
+
+
+def test_a_corner_is_the_start_of_its_segment(library: Library) -> None:
+    """Whatever the batch: rounding must not choose between the end of one segment and the start of the next."""
+    rng = np.random.default_rng(0)
+    corners = rng.standard_normal((9, 6)).astype(np.float32)
+    z = library.to(rng.standard_normal((300, 6)).astype(np.float32))
+    out = dq.project(z, library.to(corners))
+    segments, positions = library.back(out.segments), library.back(out.positions)
+    assert (segments[positions == 1] == 7).all()
+    at_corners = dq.project(library.to(corners), library.to(corners))
+    np.testing.assert_array_equal(library.back(at_corners.segments), [*range(8), 7])
+    np.testing.assert_array_equal(library.back(at_corners.positions), [*[0] * 8, 1])
+    for row in np.flatnonzero(positions == 0):
+        alone = dq.project(z[int(row) : int(row) + 1, :], library.to(corners))
+        assert library.back(alone.segments)[0] == segments[row]

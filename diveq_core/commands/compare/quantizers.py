@@ -187,10 +187,7 @@ class Curve(Codebook):
 
     def hard(self, parameters: Arrays, z: Array) -> tuple[Array, Array]:
         out = project(z, parameters["codebook"], check_finite=False)
-        # The end of one segment is the start of the next: rounding must not choose between the two.
-        xp = array_namespace(out.segments)
-        at_end = (out.positions >= 1) & (out.segments < self.codes(parameters) - 1)
-        return out.z_q, xp.where(at_end, out.segments + 1, out.segments)
+        return out.z_q, out.segments
 
     def codes(self, parameters: Arrays) -> int:
         return super().codes(parameters) - 1
