@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -451,3 +452,16 @@ def test_what_makes_a_codebook_may_be_overwritten_before_other_pullbacks(name: s
     actual = pullback(to(g))
     for a, wanted in zip(*(x if isinstance(x, tuple) else (x,) for x in (actual, expected)), strict=True):
         assert_close(a, wanted, library, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("rows", [3, 9000])
+@pytest.mark.parametrize("estimator", [dq.Radial(dq.Power(2.0)), dq.DiVeQDetach(), dq.Rotation()], ids=str)
+def test_the_output_may_be_overwritten_before_the_pullback(name: str, rows: int, estimator: Any) -> None:
+    library, rng = library_named(name), np.random.default_rng(0)
+    z, codebook, g = (rng.standard_normal((n, 4)).astype(np.float32) for n in (rows, 5, rows))
+    expected = dq.vjp(library.to(z), library.to(codebook), estimator)[1](library.to(g))
+    out, pullback = dq.vjp(library.to(z), library.to(codebook), estimator)
+    out.z_q[...] = 7.0
+    for actual, wanted in zip(pullback(library.to(g)), expected, strict=True):
+        np.testing.assert_array_equal(library.back(actual), library.back(wanted))

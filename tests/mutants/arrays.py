@@ -72,4 +72,16 @@ MUTANTS = (
         "total = lib.matmul",
         "test_identities.py across_chunks and strict",
     ),
+    Mutant(
+        "checks: the marks of a search are not read",
+        "or lib.any_negative(found)",
+        "or False",
+        "test_search_few.py test",
+    ),
+    Mutant(
+        "checks: a codebook beside no vectors is not looked at",
+        "(math.prod(found.shape) == 0 or lib.any_negative(found))",
+        "lib.any_negative(found)",
+        "test_search_few.py test",
+    ),
 )

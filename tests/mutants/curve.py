@@ -26,4 +26,10 @@ MUTANTS = (
     Mutant("curve: tangent of the first end and of z added", "dc_1 - dz", "dc_1 + dz", CURVE),
     Mutant("curve: tangent along u", "w_2.times(t * u_2.dot", "u_2.times(t * u_2.dot", CURVE),
     Mutant("curve: tangent of one end twice", "u_2.dot(lib, dc_2 - dz)", "u_2.dot(lib, dc_1 - dz)", CURVE),
+    Mutant(
+        "curve: an end is not the next start",
+        "at_end = (position >= 1) & (segment < codebook.shape[0] - 2)",
+        "at_end = (position > 1) & (segment < codebook.shape[0] - 2)",
+        "test_space_filling.py a_corner and numpy",
+    ),
 )

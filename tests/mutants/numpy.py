@@ -72,4 +72,35 @@ MUTANTS = (
         "test_errstate.py nothing_is_raised and GumbelST",
         within="NumPyBackend.call",
     ),
+    Mutant(
+        "few: what is lost below the normal numbers alone",
+        "size * factor + smallest",
+        "smallest",
+        "test_search_few.py test",
+    ),
+    Mutant(
+        "few: the highest of equal codewords",
+        "(words, further, rows)",
+        "(-words, further, rows)",
+        "test_search_few.py test",
+    ),
+    Mutant(
+        "few: differences from the vector alone",
+        "(other - here) + (reference - here)",
+        "2 * (other - here)",
+        "test_search_few.py test",
+    ),
+    Mutant("few: scores that overflow", "if not size < largest:", "if False:", "test_search_few.py test"),
+    Mutant(
+        "few: half of the product",
+        "product(z * -2, codebook.T, out=scores)",
+        "product(z * -1, codebook.T, out=scores)",
+        "test_search_few.py test",
+    ),
+    Mutant(
+        "few: compared again in the same format",
+        "np.float64 if codebook.dtype == np.float32 else np.longdouble",
+        "codebook.dtype",
+        "test_search_few.py test",
+    ),
 )

@@ -44,4 +44,22 @@ MUTANTS = (
         "self.out_dtype",
         verbs("DiVeQ or Power"),
     ),
+    Mutant(
+        "rule: few vectors give the codebook nothing",
+        "total if g_q is None else self._scattered(total, indices, g_q)",
+        "total",
+        "test_estimators.py verbs_are_plain and numpy and DiVeQ",
+    ),
+    Mutant(
+        "rule: few vectors keep what they gave",
+        "lib.copy(q) if self.hard else",
+        "q if self.hard else",
+        "test_quantize.py output_may_be_overwritten",
+    ),
+    Mutant(
+        "rule: rules of one's own are passed by",
+        "if type(self).forward is not _Distance.forward or type(self).vjp is not _Distance.vjp:",
+        "if False:",
+        "test_torch.py nobody_else and eager",
+    ),
 )

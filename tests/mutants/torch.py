@@ -109,4 +109,29 @@ MUTANTS = (
         "chosen = scores[here].argmin(dim=1)",
         "test_search.py round_apart and torch",
     ),
+    Mutant(
+        "torch: a mode is passed by",
+        "torch._C._len_torch_dispatch_stack() > 0 or",
+        "",
+        "test_torch_shortcuts.py mode_still",
+    ),
+    Mutant(
+        "torch: indices in NumPy's memory",
+        "torch.from_numpy(found).clone()",
+        "torch.from_numpy(found)",
+        "test_torch_shortcuts.py resized",
+    ),
+    Mutant("torch: a sign in a bit is lost", "x = x.resolve_neg()", "pass", "test_torch_shortcuts.py sign_that"),
+    Mutant(
+        "torch: blocks go where tensors go that do not say",
+        "torch.Tensor.new_empty",
+        "lambda like, shape: torch.empty(shape, dtype=like.dtype)",
+        "test_torch_shortcuts.py stay_where",
+    ),
+    Mutant(
+        "torch: few vectors, whatever was overwritten",
+        "assert ctx.saved_tensors is not None",
+        "pass",
+        "test_torch_overwritten.py may_not",
+    ),
 )
