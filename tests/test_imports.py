@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import diveq_core as dq
 from libraries import library_named
 from processes import importable, run_python
 
@@ -25,6 +27,7 @@ def quantize(z, codebook):
 """
 
 LOADED = f"""
+import inspect
 import sys
 print(*[name for name in {OTHERS} if name in sys.modules])
 """
@@ -67,6 +70,7 @@ def test_quantizing_imports_the_library_in_use_alone(name: str, arrays: str):
 def test_works_with_numpy_and_array_api_compat_alone():
     # Everything else that is installed is hidden from the import system.
     code = f"""
+import inspect
 import sys
 
 class Hide:
@@ -187,3 +191,11 @@ def test_the_wheel_works_where_it_is_unpacked(wheel: zipfile.ZipFile, tmp_path: 
         assert sys.version_info >= {tuple(sys.version_info[:2])}
     """
     assert run_python(code, str(tmp_path)).strip() == "[0]"
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    """So that ``import diveq_core.name as module`` gives a module, whatever its name."""
+    modules = {path.stem for path in (ROOT / "diveq_core").rglob("*.py")}
+    functions = {name for name in dq.__all__ if inspect.isfunction(getattr(dq, name))}
+    assert len(functions) > 30
+    assert not modules & functions

@@ -1,14 +1,15 @@
-"""A rule bound to JAX's automatic differentiation: one primitive, linear in the tangents.
+"""A rule bound to JAX's automatic differentiation: two primitives, the second linear in the tangents.
 
 JAX offers `custom_jvp`, whose reverse mode is the transpose of the pushforward, and `custom_vjp`, which has
 no forward mode. Both are wanted here, and the backward pass is to be the hand-derived pullback. So the
-pushforward is a primitive of its own, and the pullback is its transpose.
+pushforward is a primitive of its own, and the pullback is its transpose. The quantization is one too, since JAX
+forgets the rule of a `custom_jvp` where it differentiates a gradient inside `lax.scan`.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,25 +18,45 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from diveq_core.estimators.rule import Bindable
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@dataclass(frozen=True)
+class _Operands:
+    """A rule over those of z, codebook, indices and noise that there are; tangents and cotangents follow them."""
+
+    rule: Any
+    there: tuple[bool, ...]
+    maps: int = 0
+    """Over how many leading axes of all operands it is mapped."""
+
+    @classmethod
+    def of(cls, rule: Any, given: tuple[Any, ...], maps: int = 0) -> tuple[_Operands, list[Any]]:
+        """The rule over what is given, and that."""
+        return cls(rule, tuple(x is not None for x in given), maps), [x for x in given if x is not None]
+
+    def all(self, kept: tuple[Any, ...]) -> list[Any]:
+        """Each of the four, None in the place of one that there is not, and what follows them."""
+        rest = iter(kept)
+        return [*(next(rest) if there else None for there in self.there), *rest]
+
+    def call(self, name: str, operands: tuple[Any, ...]) -> Any:
+        """A method of the rule."""
+
+        def method(*operands: Any) -> Any:
+            return getattr(self.rule, name)(*self.all(operands))
+
+        for _ in range(self.maps):
+            method = jax.vmap(method)
+        return method(*operands)
+
+
 def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
     """``rule.forward``, differentiable."""
-    return rule.forward(z, codebook, indices, noise)
-
-
-@quantize.defjvp
-def _(rule: Bindable, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    out = quantize(rule, *primals)
-    dz, dcodebook, *_ = tangents
-    kept = _read(rule, *primals)
-    if dcodebook is None:
-        # The primitive is linear in two arguments, also where there is but one.
-        dcodebook = jnp.zeros((), dz.dtype)
-    own = _Operands(rule, tuple(x is not None for x in kept))
-    return out, pushforward_p.bind(*(x for x in kept if x is not None), dz, dcodebook, rule=own)
+    own, operands = _Operands.of(rule, (z, codebook, indices, noise))
+    return quantize_p.bind(*operands, rule=own)
 
 
 def _read(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) -> tuple[Any, ...]:
@@ -50,56 +71,78 @@ def _read(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) -> tu
     )
 
 
-@dataclass(frozen=True)
-class _Operands:
-    """A rule over those of z, codebook, indices and noise that there are, and the two tangents."""
+def _primitive(name: str, method: str, like: int) -> tuple[Primitive, Callable[..., Any]]:
+    """A primitive that calls a method of a rule; its output lies where the operand ``like`` lies."""
+    primitive = Primitive(name)
 
-    rule: Any
-    there: tuple[bool, ...]
-    axes: tuple[int | None, ...] | None = None
-    """Where it is mapped over a leading axis, that of each of these: 0, or None for what has none."""
+    def call(*operands: Any, rule: _Operands) -> Any:
+        return rule.call(method, operands)
 
-    def pushforward(self, *operands: Any) -> Any:
-        *kept, dz, dcodebook = operands
-        if self.axes is not None:
-            inner = _Operands(self.rule, self.there)
-            return jax.vmap(inner.pushforward, in_axes=(*self.axes, 0, 0))(*operands)
-        return self.rule.pushforward(*self._all(kept), dz, dcodebook)
+    primitive.def_impl(jax.jit(call, static_argnames="rule"))
+    mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=False))
 
-    def pullback(self, *operands: Any) -> tuple[Any, Any]:
-        *kept, g = operands
-        if self.axes is not None:
-            inner = _Operands(self.rule, self.there)
-            return jax.vmap(inner.pullback, in_axes=(*self.axes, 0))(*operands)
-        return self.rule.pullback(*self._all(kept), g)
+    @primitive.def_abstract_eval
+    def _(*operands: Any, rule: _Operands) -> Any:
+        out = jax.eval_shape(functools.partial(call, rule=rule), *operands)
+        # It varies over the axes of a device mesh over which the rows do.
+        return operands[like].update(shape=out.shape, dtype=out.dtype)
 
-    def _all(self, kept: list[Any]) -> list[Any]:
-        rest = iter(kept)
-        return [next(rest) if there else None for there in self.there]
+    def batch(operands: tuple[Any, ...], dims: tuple[Any, ...], *, rule: _Operands) -> tuple[Any, int]:
+        return _batched(primitive, operands, dims, rule)
+
+    batching.primitive_batchers[primitive] = batch
+    return primitive, call
 
 
-pushforward_p = Primitive("diveq_pushforward")
+def _batched(
+    primitive: Primitive, operands: tuple[Any, ...], dims: tuple[Any, ...], rule: _Operands
+) -> tuple[Any, int]:
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+
+    def mapped(x: Any, dim: Any) -> Any:
+        if dim is None:
+            return jnp.broadcast_to(x, (size, *x.shape))
+        return jnp.moveaxis(x, dim, 0)
+
+    # What is not rows: a codebook beside indices, and its tangent.
+    whole = {sum(rule.there[:1])} if rule.there[1] and rule.there[2] else set()
+    if primitive is pushforward_p:
+        whole.add(len(operands) - 1)
+    if not rule.maps and all(dims[i] is None for i in whole):
+        # One codebook for the whole batch: its rows are just more rows.
+        rows = [x if i in whole else mapped(x, d) for i, (x, d) in enumerate(zip(operands, dims, strict=True))]
+        rows = [x if i in whole else x.reshape(-1, *x.shape[2:]) for i, x in enumerate(rows)]
+        out = primitive.bind(*rows, rule=rule)
+        return out.reshape(size, -1, *out.shape[1:]), 0
+    moved = [mapped(x, d) for x, d in zip(operands, dims, strict=True)]
+    return primitive.bind(*moved, rule=replace(rule, maps=rule.maps + 1)), 0
+
+
+quantize_p, _ = _primitive("diveq_quantize", "forward", 0)
+"""``rule.forward`` over what there is of (z, codebook, indices, noise)."""
+
+pushforward_p, _pushforward = _primitive("diveq_pushforward", "pushforward", -2)
 """``rule.pushforward`` over what the rule reads of (z, codebook, indices, noise), then dz and dcodebook."""
 
 
-def _pushforward(*operands: Any, rule: _Operands) -> Any:
-    return rule.pushforward(*operands)
+def _quantize_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, rule: _Operands) -> tuple[Any, Any]:
+    out = quantize_p.bind(*primals, rule=rule)
+    dz, dcodebook, *_ = rule.all(tangents)
+    if all(x is None or isinstance(x, ad.Zero) for x in (dz, dcodebook)):
+        return out, ad.Zero(jax.typeof(out).to_tangent_aval())
+    own, kept = _Operands.of(rule.rule, _read(rule.rule, *rule.all(primals)), rule.maps)
+    dz = ad.instantiate_zeros(dz)
+    # The primitive is linear in two arguments, also where there is but one.
+    dcodebook = jnp.zeros(dz.shape[: rule.maps], dz.dtype) if dcodebook is None else ad.instantiate_zeros(dcodebook)
+    return out, pushforward_p.bind(*kept, dz, dcodebook, rule=own)
 
 
-pushforward_p.def_impl(jax.jit(_pushforward, static_argnames="rule"))
-mlir.register_lowering(pushforward_p, mlir.lower_fun(_pushforward, multiple_results=False))
-
-
-@pushforward_p.def_abstract_eval
-def _(*operands: Any, rule: _Operands) -> Any:
-    out = jax.eval_shape(functools.partial(_pushforward, rule=rule), *operands)
-    # The tangent of z tells over which axes of a device mesh the rows vary.
-    return operands[-2].update(shape=out.shape, dtype=out.dtype)
+ad.primitive_jvps[quantize_p] = _quantize_jvp
 
 
 def _transpose(g: Any, *operands: Any, rule: _Operands) -> list[Any]:
     *kept, dz, dcodebook = operands
-    g_z, g_codebook = rule.pullback(*kept, ad.instantiate_zeros(g))
+    g_z, g_codebook = rule.call("pullback", (*kept, ad.instantiate_zeros(g)))
 
     def wanted(x: Any, g: Any) -> Any:
         if not ad.is_undefined_primal(x):
@@ -131,31 +174,3 @@ def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...], *, rule: _Operands
 
 
 ad.primitive_jvps[pushforward_p] = _jvp
-
-
-def _batch(operands: tuple[Any, ...], dims: tuple[Any, ...], *, rule: _Operands) -> tuple[Any, int]:
-    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-
-    def mapped(x: Any, dim: Any) -> Any:
-        if dim is None:
-            return jnp.broadcast_to(x, (size, *x.shape))
-        return jnp.moveaxis(x, dim, 0)
-
-    words = sum(rule.there[:1]) if rule.there[1] else None
-    one_codebook = dims[-1] is None and (words is None or (dims[words] is None and rule.there[2]))
-    if one_codebook and rule.axes is None:
-        # One codebook for the whole batch: its rows are just more rows.
-        whole = {words, len(operands) - 1}
-        rows = [
-            x if i in whole else (y := mapped(x, d)).reshape(-1, *y.shape[2:])
-            for i, (x, d) in enumerate(zip(operands, dims, strict=True))
-        ]
-        out = pushforward_p.bind(*rows, rule=rule)
-        return out.reshape(size, -1, *out.shape[1:]), 0
-    moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, dims, strict=True)]
-    moved[-2:] = [mapped(x, d) for x, d in zip(operands[-2:], dims[-2:], strict=True)]
-    axes = tuple(None if d is None else 0 for d in dims[:-2])
-    return pushforward_p.bind(*moved, rule=_Operands(rule, (True,) * len(axes), axes)), 0
-
-
-batching.primitive_batchers[pushforward_p] = _batch

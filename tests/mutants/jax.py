@@ -21,8 +21,8 @@ MUTANTS = (
     ),
     Mutant(
         "JAX: sign of the pullback",
-        "rule.pullback(*kept, ad.instantiate_zeros(g))",
-        "rule.pullback(*kept, -ad.instantiate_zeros(g))",
+        "(*kept, ad.instantiate_zeros(g))",
+        "(*kept, -ad.instantiate_zeros(g))",
         bound("DiVeQ", "jax"),
     ),
     Mutant(
@@ -39,8 +39,8 @@ MUTANTS = (
     ),
     Mutant(
         "JAX: pushforward of the codebook by that of z",
-        "self.rule.pushforward(*self._all(kept), dz, dcodebook)",
-        "self.rule.pushforward(*self._all(kept), dz, 0 * dcodebook)",
+        "pushforward_p.bind(*kept, dz, dcodebook, rule=own)",
+        "pushforward_p.bind(*kept, dz, 0 * dcodebook, rule=own)",
         "test_estimators.py pushes_forward and jax and DiVeQ",
     ),
     Mutant(
