@@ -106,7 +106,7 @@ def project(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
         along = lib.matmul(y, xp.permute_dims(step, (1, 0))) - along_start * weight
         length = squared * weight
         at = within(lib, along / one_where(lib, length == 0, length), 0.0, 1.0)
-        scores = half * weight - lib.matmul(y, xp.permute_dims(start, (1, 0))) - at * along + at * at * length * 0.5
+        scores = half * weight - lib.matmul(y, xp.permute_dims(start, (1, 0))) - at * (along - at * length * 0.5)
         segment = lib.as_indices(xp.argmin(scores, axis=1))
         segments.append(xp.where(xp.isfinite(xp.min(scores, axis=1)), segment, xp.full_like(segment, -1)))
         # The position again from differences, which keep the digits that the expansion lost.

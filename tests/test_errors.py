@@ -449,3 +449,11 @@ def test_tangents(library: Library, name: str):
         with pytest.raises(kind) as error:
             dq.jvp(z, codebook, *(good | {name: wrong}).values(), dq.DiVeQDetach())
         assert_says(error, "jvp", expected, got)
+
+
+@pytest.mark.parametrize("wrong", ["no", 1, np.ones(3)], ids=repr)
+def test_a_check_that_is_neither_wanted_nor_not(wrong):
+    verbs = (dq.nearest, dq.nearest_cosine, dq.project, lambda z, e, **o: dq.quantize(z, e, dq.STE(), **o))
+    for verb in verbs:
+        with pytest.raises(TypeError, match=r"^\w+: check_finite must be True, False or None, got "):
+            verb(Z, CODEBOOK, check_finite=wrong)

@@ -22,7 +22,7 @@ def _bound(rule: Bindable, there: tuple[bool, ...]) -> Callable[..., mx.array]:
     """``rule.forward`` over those of z, codebook, indices and noise that there are."""
 
     def whole(operands: Any) -> list[Any]:
-        rest = iter(operands)
+        rest = iter(_several(operands))
         return [next(rest) if here else None for here in there]
 
     @mx.custom_function
@@ -34,18 +34,25 @@ def _bound(rule: Bindable, there: tuple[bool, ...]) -> Callable[..., mx.array]:
         # Made of MLX's operations on the operands themselves, so it may itself be differentiated.
         g_z, g_codebook = rule.pullback(*whole(operands), g)
         known = [g_z] if g_codebook is None else [g_z, g_codebook]
-        return *known, *map(mx.zeros_like, operands[len(known) :])
+        return *known, *map(mx.zeros_like, _several(operands)[len(known) :])
 
     @bound.jvp
     def _(operands: Any, tangents: Any) -> Any:
-        dz = mx.zeros_like(operands[0]) if tangents[0] is None else tangents[0]
+        tangents = _several(tangents)
+        dz = mx.zeros_like(_several(operands)[0]) if tangents[0] is None else tangents[0]
         return rule.pushforward(*whole(operands), dz, tangents[1] if there[1] else None)
 
     @bound.vmap
     def _(operands: Any, axes: Any) -> Any:
-        return mapped(_bound(rule, there), operands, axes, whole=1 if there[1] and there[2] else None), 0
+        words = 1 if there[1] and there[2] else None
+        return mapped(_bound(rule, there), _several(operands), _several(axes), whole=words), 0
 
     return bound
+
+
+def _several(x: Any) -> Any:
+    """What MLX gives a rule for each operand; of a single one it is not in a list."""
+    return x if isinstance(x, (list, tuple)) else [x]
 
 
 def mapped(function: Callable[..., mx.array], operands: Any, axes: Any, whole: int | None = 1) -> mx.array:

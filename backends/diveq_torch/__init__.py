@@ -11,7 +11,7 @@ import torch
 from torch._C import _functorch
 
 from diveq_core.arrays.backend import Backend
-from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, row_scale, safe_log
+from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, safe_log
 from diveq_torch.bind import quantize
 from diveq_torch.search import nearest_plain, nearest_rows
 
@@ -27,6 +27,9 @@ _BLOCK_ENTRIES = 1 << 19
 def _is_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are ordinary values on the CPU from which nothing is recorded: free to read and overwrite."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    # A mode that waits for operators may trace them, and there are no values then.
+    if torch._C._len_torch_dispatch_stack() > 0:
         return False
     recording = torch.is_grad_enabled()
     for x in tensors:
@@ -134,10 +137,7 @@ class TorchBackend(Backend):
         shortest, longest = rho.aminmax()
         if lengths_in_range(shortest.item(), longest.item(), double=x.dtype == torch.float64):
             return rho, Direction(x, rho.reciprocal())
-        scale = row_scale(self, x)
-        y = x * scale
-        length = torch.linalg.vector_norm(y, dim=1, keepdim=True)
-        return length / scale, Direction(y, torch.where(length == 0, 0.0, 1 / length))
+        return super().direction(x)
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         if _is_plain(*(x for x in arrays if x is not None)):

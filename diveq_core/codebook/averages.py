@@ -174,7 +174,7 @@ def ema_update(
     def add(z: Array, segments: Array) -> None:
         nonlocal total
         rows, finite = finite_rows(lib, lib.astype(z, dtype))
-        chosen = finite & (segments >= 0)
+        chosen = xp.logical_and(finite, segments >= 0)
         segments = xp.where(chosen, segments, xp.full_like(segments, -1))
         q = lib.take_rows(scaled, xp.where(chosen, segments, xp.zeros_like(segments)))
         # Sums of differences, not of vectors: an offset that all vectors share costs no digits.
@@ -196,7 +196,7 @@ def ema_update(
     moved = scaled + rate[:, None] * total[:, :-1]
     moved = xp.where(xp.isfinite(moved), smaller(lib, larger(lib, moved, -limit), limit), moved) / scale
     rounded = lib.astype(moved, codebook.dtype)
-    written = (used & xp.all(xp.isfinite(rounded), axis=1))[:, None]
+    written = xp.logical_and(used, xp.all(xp.isfinite(rounded), axis=1))[:, None]
     return EMAState(n, xp.where(written, moved, means)), xp.where(written, rounded, codebook)
 
 

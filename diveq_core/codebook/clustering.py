@@ -168,7 +168,7 @@ def kmeans(
     if begin is not None:
         # A codeword that did not move is as it was, bit for bit.
         begin = lib.astype(begin, z.dtype)
-        kept = xp.all((e == first) & xp.isfinite(begin), axis=1, keepdims=True)
+        kept = xp.all(xp.logical_and(e == first, xp.isfinite(begin)), axis=1, keepdims=True)
         found = xp.where(kept, begin, found)
     # Of the codebook as 16 bits hold it.
     e = e if e.dtype == z.dtype else frame.enter(found)
@@ -195,7 +195,11 @@ class _Frame:
         self.valid = lib.by_rows(lambda z: xp.all(xp.isfinite(z), axis=1), rows)
         self.weights = xp.astype(self.valid, dtype)
         # Where values cannot be read there may be no vector: the codebook is then zeros rather than NaN.
-        total, self.scale, self.mean, deviation, _ = spread(self.ranks, rows, self.weights, dtype)
+        total, self.scale, mean, deviation, _ = spread(self.ranks, rows, self.weights, dtype)
+        # Only an offset is taken away. A mean that a vector far away or two distant groups draw to where there are no
+        # others would cost the digits of those near zero.
+        offset = xp.max(xp.abs(mean)) > 4 * deviation
+        self.mean = xp.where(offset, mean, xp.zeros_like(mean))
         if lib.is_concrete(total) and float(total) == 0:
             raise ValueError(f"{function}: z must have at least one finite vector, got none of {rows.shape[0]}")
         self.inverse, self.size = 1 / self.scale, power_of_two(lib, deviation)
@@ -263,7 +267,7 @@ class _Frame:
         positions = (lib.cumulative_sum(far) - 0.5) / xp.where(number > 0, number, xp.ones_like(number))
         seeds = self.ranks.draw(self.y, squares, positions)
         apart = self.ranks.sum(xp.sum(squares)) > 0
-        return xp.where((empty & apart)[:, None], seeds, moved)
+        return xp.where(xp.logical_and(empty, apart)[:, None], seeds, moved)
 
     def spread_out(self, count: int | numbers.Integral, noise: Array | None, rng: Any) -> Array:
         """Greedy k-means++ in this frame, (count, D)."""
@@ -284,7 +288,7 @@ class _Frame:
                 # Seeds first: the long axis is the one that libraries add up fast.
                 size = own + squares[None, :]
                 d = size - 2 * lib.matmul(seeds, xp.permute_dims(y, (1, 0)))
-                d = xp.where((d > rounding * size) & valid[None, :], d, xp.zeros_like(d))
+                d = xp.where(xp.logical_and(d > rounding * size, valid[None, :]), d, xp.zeros_like(d))
                 left = smaller(lib, d, closest[None, :])
                 sums = sums + xp.sum(left, axis=1)
                 return xp.permute_dims(left, (1, 0))

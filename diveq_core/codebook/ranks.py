@@ -132,7 +132,7 @@ class Ranks:
         rows = lib.astype(xp.take(z, pick(lib, weights, inside), axis=0), dtype)
         sharing = xp.take(sharers, owners)
         share = xp.where(sharing > 0, 1 / xp.where(sharing > 0, sharing, xp.ones_like(sharing)), 0 * sharing)
-        mine = xp.take(here, owners) & (mass > 0)
+        mine = xp.logical_and(xp.take(here, owners), mass > 0)
         return self.sum(xp.where(mine[:, None], rows * share[:, None], xp.zeros_like(rows)))
 
     def _place(self, z: Array, weights: Array) -> Array:

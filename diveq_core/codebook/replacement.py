@@ -179,7 +179,8 @@ def replace_unused(
     new, other = (lib.astype(moved, codebook.dtype) for moved in (sources + step, sources - step))
     # Next to the largest number there is room on one side only.
     new = xp.where(xp.isfinite(new), new, other)
-    replaced = unused & (among.total > 0) & xp.all(xp.isfinite(new), axis=1)
+    there = xp.logical_and(among.total > 0, xp.all(xp.isfinite(new), axis=1))
+    replaced = xp.logical_and(unused, there)
     at = replaced[:, None]
     if state is not None:
         counts = xp.where(replaced, xp.zeros_like(state.counts), state.counts)

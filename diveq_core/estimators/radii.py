@@ -294,7 +294,7 @@ class Cosine:
         z_length, z_hat = lib.polar(z * z_scale)
         length, direction = self._apart(lib, q_hat, z_hat)
         h_r = 2 * direction * safe_inverse(lib, length)
-        undefined = (length == 0) | (q_length == 0) | (z_length == 0)
+        undefined = lib.xp.logical_or(length == 0, lib.xp.logical_or(q_length == 0, z_length == 0))
         to_q = (h_r - q_hat) * safe_inverse(lib, q_length, q_scale)
         to_z = -(h_r + z_hat) * safe_inverse(lib, z_length, z_scale)
         return zero_rows(lib, undefined, to_q), zero_rows(lib, undefined, to_z)

@@ -141,3 +141,22 @@ def test_export_with_any_number_of_vectors(verb):
         found, expected = exported.call(z, codebook), verb(z, codebook)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [dq.STE(), dq.DiVeQDetach(), dq.Residual(dq.DiVeQDetach(), 2)], ids=str)
+def test_second_order_inside_a_scan(estimator):
+    """Where JAX forgets the rule of a `jax.custom_jvp`."""
+    rng = np.random.default_rng(0)
+    z, codebook = (jnp.asarray(rng.standard_normal(s), "float32") for s in ((6, 4), (2, 5, 4)))
+    codebook = codebook if isinstance(estimator, dq.Residual) else codebook[0]
+
+    def loss(z, codebook):
+        return jnp.sin(dq.quantize(z, codebook, estimator).z_q).sum()
+
+    def scanned(z, codebook):
+        return jax.lax.scan(lambda total, z: (total + loss(z, codebook), None), 0.0, z[None])[0]
+
+    expected, found = (jax.jit(jax.hessian(f, (0, 1)))(z, codebook) for f in (loss, scanned))
+    assert np.abs(expected[0][0]).max() > 0.1
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)

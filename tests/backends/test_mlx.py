@@ -138,3 +138,40 @@ def test_values_that_cannot_be_read_yet():
             traced(lambda z: dq.quantize(z, codebook, dq.STE(), check_finite=True).z_q)(
                 z[None] if traced is mx.vmap else z
             )
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [dq.FSQ([5, 4, 3]), dq.Residual(dq.FSQ([5, 4, 3]), 2), dq.Product(dq.Residual(dq.FSQ([5]), 2), 3)],
+    ids=str,
+)
+def test_a_rule_over_vectors_alone(estimator):
+    """MLX gives the rules of a function of one operand no list of them."""
+    rng = np.random.default_rng(0)
+    z, g = (mx.array(rng.standard_normal((4, 3)).astype(np.float32)) for _ in range(2))
+    expected = np.array(dq.vjp(z, None, estimator)[1](g)[0])
+    quantize = lambda z: dq.quantize(z, None, estimator).z_q  # noqa: E731
+    np.testing.assert_allclose(np.array(mx.vjp(quantize, [z], [g])[1][0]), expected, rtol=1e-6)
+    # The derivative is diagonal.
+    np.testing.assert_allclose(np.array(mx.jvp(quantize, [z], [g])[1][0]), expected, rtol=1e-6)
+    pulled = lambda z, g: mx.vjp(quantize, [z], [g])[1][0]  # noqa: E731
+    batched = mx.vmap(pulled)(mx.stack([z, -z]), mx.stack([g, g]))
+    np.testing.assert_allclose(np.array(batched[0]), expected, rtol=1e-6)
+    np.testing.assert_allclose(np.array(batched[1]), np.array(pulled(-z, g)), rtol=1e-6)
+
+
+def test_arguments_that_are_not_mapped_beside_those_that_are():
+    rng = np.random.default_rng(0)
+    z, g, codebooks = (mx.array(rng.standard_normal(s).astype(np.float32)) for s in ((6, 4), (6, 4), (3, 5, 4)))
+
+    def pulled(z, codebook):
+        return dq.vjp(z, codebook, dq.Radial(dq.Cosine()))[1](g)[0]
+
+    expected = mx.stack([pulled(z, codebook) for codebook in codebooks])
+    found = mx.vmap(pulled, in_axes=(None, 0))(z, codebooks)
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5, atol=1e-6)
+    state, indices, batch = dq.ema_init(codebooks[0]), mx.array([0, 1, 2, 0, 1, 4]), mx.stack([z, z + 1])
+    moved = mx.vmap(lambda z: dq.ema_update(state, z, codebooks[0], indices)[1])(batch)
+    for one, own in zip(moved, batch, strict=True):
+        alone = dq.ema_update(state, own, codebooks[0], indices)[1]
+        np.testing.assert_allclose(np.array(one), np.array(alone), rtol=1e-6)

@@ -321,3 +321,21 @@ def test_jacobians_by_the_older_vmap(estimator):
 
     by_rows = torch.autograd.functional.jacobian(f, codebook)
     assert_equal(torch.autograd.functional.jacobian(f, codebook, vectorize=True), by_rows, **CLOSE)
+
+
+@pytest.mark.parametrize("power", [110, -110])
+def test_tangents_of_numbers_that_are_hardly_any(power: int):
+    z, codebook, _ = (x.detach() * 2.0**power for x in problem())
+    estimator = dq.DiVeQDetach()
+    tangent = dq.jvp(z, codebook, z, codebook, estimator)[1]
+    double = [x.double() for x in (z, codebook)]
+    expected = dq.jvp(*double, *double, estimator)[1]
+    assert_equal(tangent / 2.0**power, (expected / 2.0**power).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_traced_by_make_fx():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    z, codebook, noise = (x.detach() for x in problem())
+    f = lambda z, codebook: dq.quantize(z, codebook, dq.DiVeQ(), noise=noise).z_q  # noqa: E731
+    assert_equal(make_fx(f)(z, codebook)(z + 1, codebook), f(z + 1, codebook), **CLOSE)

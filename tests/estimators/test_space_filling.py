@@ -423,3 +423,10 @@ def test_a_corner_is_the_start_of_its_segment(library: Library) -> None:
     for row in np.flatnonzero(positions == 0):
         alone = dq.project(z[int(row) : int(row) + 1, :], library.to(corners))
         assert library.back(alone.segments)[0] == segments[row]
+
+
+def test_the_position_on_a_long_segment_does_not_underflow(library: Library) -> None:
+    corners = np.array([[1.2, 2.2], [1.2, -5], [0, -5], [0, 0], [1e23, 0]], np.float32)
+    out = dq.project(library.to(np.array([[1.0, 1.0]], np.float32)), library.to(corners))
+    assert library.back(out.segments)[0] == 0
+    np.testing.assert_allclose(library.back(out.z_q), [[1.2, 1.0]], rtol=1e-6)
