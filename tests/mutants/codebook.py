@@ -31,7 +31,7 @@ MUTANTS = (
     ),
     Mutant(
         "EMA: a lost row counts",
-        "chosen = finite & (segments >= 0)",
+        "chosen = xp.logical_and(finite, segments >= 0)",
         "chosen = segments >= 0",
         "test_averages.py contributes_nothing and numpy",
     ),
@@ -43,7 +43,7 @@ MUTANTS = (
     ),
     Mutant(
         "EMA: an overflow is written",
-        "used & xp.all(xp.isfinite(rounded), axis=1)",
+        "xp.logical_and(used, xp.all(xp.isfinite(rounded), axis=1))",
         "used",
         "test_range.py beyond_its_dtype",
     ),
@@ -104,7 +104,7 @@ MUTANTS = (
     Mutant("linear: spread 1 / D", "noise * width**-0.5", "noise / width", "test_linear.py beginning and numpy"),
     Mutant(
         "k-means: empty clusters stay",
-        "xp.where((empty & apart)[:, None], seeds, moved)",
+        "xp.where(xp.logical_and(empty, apart)[:, None], seeds, moved)",
         "moved",
         "test_clustering.py empty_clusters and numpy",
     ),

@@ -48,8 +48,20 @@ MUTANTS = (
     Mutant("DiVeQ: sigma squared", "d, noise, self.sigma)", "d, noise, self.sigma**2)", verbs("DiVeQ")),
     Mutant("DiVeQ: noise subtracted", "d, noise, self.sigma)", "d, noise, -self.sigma)", verbs("DiVeQ")),
     Mutant("DiVeQ: no noise", "d, noise, self.sigma)", "d, noise, 0.0)", verbs("DiVeQ")),
-    Mutant("distance: rho lost", "added_to(lib, z, rho)", "added_to(lib, z, rho / rho)", verbs("DiVeQ")),
-    Mutant("distance: from q, not from z", "added_to(lib, z, rho)", "added_to(lib, q, rho)", verbs("DiVeQ")),
+    Mutant(
+        "distance: rho lost",
+        "added_to(lib, z, rho)",
+        "added_to(lib, z, rho / rho)",
+        verbs("DiVeQ"),
+        within="_Distance.forward",
+    ),
+    Mutant(
+        "distance: from q, not from z",
+        "added_to(lib, z, rho)",
+        "added_to(lib, q, rho)",
+        verbs("DiVeQ"),
+        within="_Distance.forward",
+    ),
     Mutant("NSVQ: away from the noise", "lib.direction(noise)[1]", "lib.direction(-noise)[1]", verbs("NSVQ")),
     Mutant(
         "distance: w carries gradient",
@@ -63,5 +75,12 @@ MUTANTS = (
         "g_q = u.times(w.dot(lib, g))",
         "g_q = u.stopped(lib).times(w.dot(lib, g))",
         second("DiVeQ or NSVQ"),
+    ),
+    Mutant(
+        "distance: rho lost of few vectors",
+        "added_to(lib, z, rho)",
+        "added_to(lib, z, rho / rho)",
+        "test_estimators.py verbs_are_plain and numpy and (DiVeQ)",
+        within="_Distance.linearized",
     ),
 )

@@ -30,7 +30,11 @@ MUTANTS = (
         verbs("DiVeQ"),
     ),
     Mutant(
-        "rule: g_z in the dtype of computation", "return lib.astype(g_z, self.z_dtype)", "return g_z", verbs("DiVeQ")
+        "rule: g_z in the dtype of computation",
+        "return lib.astype(g_z, self.z_dtype)",
+        "return g_z",
+        verbs("DiVeQ"),
+        within="pullback.rows",
     ),
     Mutant(
         "rule: g_codebook in the dtype of computation",
@@ -40,8 +44,8 @@ MUTANTS = (
     ),
     Mutant(
         "rule: half precision throughout",
-        "self.lib.compute_dtype(self.out_dtype)",
-        "self.out_dtype",
+        "words, out, lib.compute_dtype(out))",
+        "words, out, out)",
         verbs("DiVeQ or Power"),
     ),
     Mutant(

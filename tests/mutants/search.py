@@ -19,7 +19,7 @@ MUTANTS = (
     ),
     Mutant(
         "search: centre anywhere",
-        "rounded = xp.round(mean / spread) * spread",
+        "rounded = xp.round(mean / near) * near",
         "rounded = mean",
         "test_search.py (ties or hides) and strict",
     ),
@@ -73,8 +73,8 @@ MUTANTS = (
     ),
     Mutant(
         "search: an infinite spread",
-        "power_of_two(lib, xp.where(xp.isfinite(reach), reach, largest))",
-        "power_of_two(lib, reach)",
+        "apart = smaller(lib, apart, xp.full_like(apart, float(xp.finfo(apart.dtype).max)))",
+        "apart = apart + 0",
         "test_search_accuracy.py statement and strict and overflow",
     ),
 )
