@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diveq_core.arrays.checks import checked_count
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.search import frame, framed
-from diveq_core.codebook.clustering import kmeans
+from diveq_core.codebook.clustering import clustered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +79,7 @@ def curve_init(
     array([0.5, 4.5, 8.5])
     """
     size = checked_count("curve_init", "count", count, at_least=2)
-    corners = kmeans(z, size, iterations=iterations, noise=noise, rng=rng, all_reduce=all_reduce).codebook
+    corners = clustered("curve_init", z, size, iterations, noise, rng, all_reduce).codebook
     lib = backend_of("curve_init", z=z)
     return lib.take_rows(corners, tour(lib, lib.astype(corners, lib.compute_dtype(corners.dtype))))
 

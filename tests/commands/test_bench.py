@@ -330,3 +330,17 @@ def test_no_library_is_imported_before_it_is_needed():
 def test_limits_are_sane():
     assert all(math.isfinite(bar.limit) and bar.limit > 0 for bar in speed_bars())
     assert len({(bar.group, bar.text, bar.problem) for bar in speed_bars()}) == len(speed_bars())
+
+
+def test_small_calls_compute_the_same():
+    problem = Problem(64, 32, 8)
+    (ours,), (by_hand,) = (CONTENDERS[name].prepared(problem).values() for name in ("small-numpy", "by-hand"))
+    g_z, g_codebook = ours()
+    _, _, expected_z, expected_codebook = by_hand()
+    # Sums of up to a dozen rows in float32.
+    np.testing.assert_allclose(g_z, expected_z, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(g_codebook, expected_codebook, rtol=1e-4, atol=1e-5)
+    if importable("torch"):
+        for name in ("small-torch", "plain"):
+            (run,) = CONTENDERS[name].prepared(problem).values()
+            assert [tuple(g.shape) for g in run()] == [(64, 8), (32, 8)]

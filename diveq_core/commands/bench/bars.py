@@ -87,6 +87,13 @@ def speed_bars(*, quick: bool = False) -> list[Bar]:
     for name, label in (("diveq", "DiVeQ"), ("detach", "DiVeQ-detach")):
         pair = (f"rest-{name}", f"rest-{name}-autodiff")
         add("step less its search / autodiff", f"torch, {label}", "rest", medium, pair, 0.70)
+    for n in (1, 128):
+        at = Problem(n, 32, 16) if quick else Problem(n, 1024, 64)
+        for library, label, limit in (("numpy", "NumPy", 0.8), ("torch", "torch", 1.5)):
+            add("small calls / torch.cdist + argmin", label, "search", at, (f"search-{library}", "cdist"), limit)
+    few = Problem(64, 32, 8)
+    add("small calls / plain autograd", "torch, DiVeQ", "small", few, ("small-torch", "plain"), 1.3)
+    add("small calls / by hand", "NumPy, DiVeQ", "small", few, ("small-numpy", "by-hand"), 2.0)
     pair = ("kmeans-numpy", "scikit-learn")
     add("k-means / scikit-learn", "NumPy, time", "kmeans", _sized(_PHOTOGRAPHS, quick=quick), pair, 1.0)
     gpu = problem(65536, 1024, 64, "cuda")

@@ -118,7 +118,7 @@ def bench(settings: Settings, out: Path, data_out: Path | None) -> None:
 
 def _first(bars: list[Bar], job: str, problem: Problem) -> bool:
     """Whether this is the first problem of its job on the CPU, whose memory is measured."""
-    return job != "rest" and problem == next(bar.problem for bar in bars if bar.job == job)
+    return job not in ("rest", "small") and problem == next(bar.problem for bar in bars if bar.job == job)
 
 
 def _verdict(rows: list[Row], *, quick: bool) -> str:

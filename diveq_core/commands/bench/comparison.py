@@ -14,7 +14,13 @@ from diveq_core.commands.bench.timing import Timing, interleave
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-REFERENCES = {"search": "product", "step": "step-torch", "rest": "rest-diveq-autodiff", "kmeans": "scikit-learn"}
+REFERENCES = {
+    "search": "product",
+    "step": "step-torch",
+    "rest": "rest-diveq-autodiff",
+    "small": "plain",
+    "kmeans": "scikit-learn",
+}
 """Of what the ratios in a comparison are; of the first that took part where this one did not."""
 
 

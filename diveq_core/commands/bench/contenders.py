@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diveq_core.commands.bench import clusterings, searches, steps
+from diveq_core.commands.bench import clusterings, searches, small, steps
 from diveq_core.commands.bench.problem import BACKENDS, Problem, UnavailableError
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ CONTENDERS: dict[str, Contender] = {
     "rest-diveq-autodiff": Contender("autodiff, DiVeQ", steps.rest_by_autodiff(noisy=True)),
     "rest-detach": Contender("diveq_core, DiVeQ-detach", steps.rest(noisy=False)),
     "rest-detach-autodiff": Contender("autodiff, DiVeQ-detach", steps.rest_by_autodiff(noisy=False)),
+    "small-torch": Contender("diveq_core, torch", small.ours("torch")),
+    "plain": Contender("plain autograd, torch", small.plain),
+    "small-numpy": Contender("diveq_core, NumPy", small.ours("numpy")),
+    "by-hand": Contender("by hand, NumPy", small.by_hand),
     "kmeans-numpy": Contender("diveq_core, NumPy", clusterings.ours_whole),
     "scikit-learn": Contender("scikit-learn KMeans", clusterings.scikit_learn_whole),
     "lloyd-numpy": Contender("diveq_core, NumPy, from a given codebook", clusterings.ours),
@@ -68,6 +72,7 @@ JOBS: dict[str, tuple[str, ...]] = {
     "search": ("product", *(f"search-{name}" for name in BACKENDS), "cdist", "faiss", "jax-whole"),
     "step": (*(f"step-{name}" for name in BACKENDS), "autodiff", "diveq", "vector-quantize-pytorch"),
     "rest": ("rest-diveq", "rest-diveq-autodiff", "rest-detach", "rest-detach-autodiff"),
+    "small": ("small-torch", "plain", "small-numpy", "by-hand"),
     "kmeans": ("kmeans-numpy", "scikit-learn", "lloyd-numpy", "scikit-learn-lloyd"),
 }
 """Contenders of each comparison; those that cannot take part say why."""
@@ -76,6 +81,7 @@ TITLES = {
     "search": "Search: the nearest codeword",
     "step": "Training step: search, DiVeQ forward, backward to z and codebook",
     "rest": "Training step less its search: the indices given",
+    "small": "Small calls: search, DiVeQ forward, backward to z and codebook",
     "kmeans": f"k-means++ and {clusterings.ITERATIONS} iterations, on patches of photographs",
 }
 
