@@ -78,7 +78,8 @@ def _primitive(name: str, method: str, like: int) -> tuple[Primitive, Callable[.
     def call(*operands: Any, rule: _Operands) -> Any:
         return rule.call(method, operands)
 
-    primitive.def_impl(jax.jit(call, static_argnames="rule"))
+    # What is linear is compiled; the value is to round as the operations one by one do.
+    primitive.def_impl(jax.jit(call, static_argnames="rule") if method == "pushforward" else call)
     mlir.register_lowering(primitive, mlir.lower_fun(call, multiple_results=False))
 
     @primitive.def_abstract_eval

@@ -11,7 +11,7 @@ import torch
 from torch._C import _functorch
 
 from diveq_core.arrays.backend import Backend
-from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, safe_log
+from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, row_scale, safe_log
 from diveq_torch.bind import quantize
 from diveq_torch.search import nearest_plain, nearest_rows
 
@@ -137,7 +137,13 @@ class TorchBackend(Backend):
         shortest, longest = rho.aminmax()
         if lengths_in_range(shortest.item(), longest.item(), double=x.dtype == torch.float64):
             return rho, Direction(x, rho.reciprocal())
-        return super().direction(x)
+        # Of order one by powers of two, which leave all digits as they are at other scales.
+        scale = row_scale(self, x)
+        y = x * scale
+        length = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+        mantissa, exponent = torch.frexp(length)
+        y = torch.ldexp(y, -exponent)
+        return length / scale, Direction(y, torch.where(mantissa == 0, 0.0, 1 / mantissa))
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         if _is_plain(*(x for x in arrays if x is not None)):

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diveq_core.arrays.rows import power_of_two, smaller, zero_rows
+from diveq_core.arrays.rows import one_where, power_of_two, smaller, zero_rows
 
 if TYPE_CHECKING:
     from diveq_core.arrays.backend import Backend
@@ -63,6 +63,9 @@ def frame(lib: Backend, codebook: Array) -> tuple[Array, Array]:
     # Divided first: the sum of large codewords may overflow.
     mean = xp.sum(codebook * share, axis=0, keepdims=True)
     apart = xp.max(xp.abs(codebook - mean), axis=1, keepdims=True)
+    # In units of the largest, so that nothing leaves the range.
+    reach = xp.max(apart)
+    apart = apart / one_where(lib, reach == 0, reach)
     far = apart > _FAR * xp.sum(apart * share)
     kept = xp.sum(xp.astype(~far, codebook.dtype))
     mean = xp.sum(zero_rows(lib, far, codebook) * (1 / kept), axis=0, keepdims=True)

@@ -159,11 +159,14 @@ class Ranks:
             total = total + xp.sum(xp.sum(y * columns, axis=1) * rows)
 
         each_block(lib, look, z, weights)
-        # A power of two, and a share of its exponent: ranks whose vectors are multiples of each other go apart.
         unit = power_of_two(lib, size)
         each_block(lib, add, z, weights, rows)
-        phase = total * (437.58 / math.sqrt(math.prod(z.shape))) + xp.log(unit) * 0.6180339887
-        place = xp.floor((phase - xp.floor(phase)) * _PLACES)
+        phase = total * (437.58 / math.sqrt(math.prod(z.shape)))
+        # Ranks whose vectors are multiples of each other go apart by the exponent. All is whole from here on, since a
+        # compiler may compute this twice, and round otherwise.
+        place = within(lib, xp.floor((phase - xp.floor(phase)) * _PLACES), 0, _PLACES - 1)
+        place = place + xp.round(xp.log2(unit)) * 7919
+        place = place - xp.floor(place / _PLACES) * _PLACES
         return xp.astype(within(lib, place, 0, _PLACES - 1), xp.arange(1, **lib.place(z)).dtype)
 
 
