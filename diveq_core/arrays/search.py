@@ -65,11 +65,13 @@ def frame(lib: Backend, codebook: Array) -> tuple[Array, Array]:
     apart = xp.max(xp.abs(codebook - mean), axis=1, keepdims=True)
     # In units of the largest, so that nothing leaves the range.
     reach = xp.max(apart)
-    apart = apart / one_where(lib, reach == 0, reach)
-    far = apart > _FAR * xp.sum(apart * share)
-    kept = xp.sum(xp.astype(~far, codebook.dtype))
-    mean = xp.sum(zero_rows(lib, far, codebook) * (1 / kept), axis=0, keepdims=True)
-    apart = xp.max(xp.abs(codebook - mean), axis=1, keepdims=True)
+    relative = apart / one_where(lib, reach == 0, reach)
+    far = relative > _FAR * xp.sum(relative * share)
+    # Where reading values is free, the usual case is spared a second look.
+    if not lib.checks_finite or bool(xp.any(far)):
+        kept = xp.sum(xp.astype(~far, codebook.dtype))
+        mean = xp.sum(zero_rows(lib, far, codebook) * (1 / kept), axis=0, keepdims=True)
+        apart = xp.max(xp.abs(codebook - mean), axis=1, keepdims=True)
     # A difference of large codewords may overflow.
     apart = smaller(lib, apart, xp.full_like(apart, float(xp.finfo(apart.dtype).max)))
     spread, near = power_of_two(lib, xp.max(apart)), power_of_two(lib, xp.max(zero_rows(lib, far, apart)))

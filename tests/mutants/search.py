@@ -7,8 +7,8 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant(
         "search: a far codeword draws the centre",
-        "far = apart > _FAR * xp.sum(apart * share)",
-        "far = apart < 0 * xp.sum(apart * share)",
+        "far = relative > _FAR * xp.sum(relative * share)",
+        "far = relative < 0 * xp.sum(relative * share)",
         "test_search_accuracy.py one_statement and strict and far and offset",
     ),
     Mutant(
