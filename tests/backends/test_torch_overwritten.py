@@ -21,7 +21,9 @@ class TestTheCodebookIsOverwritten:
     @pytest.mark.parametrize("estimator", [*ESTIMATORS, dq.Rotation(), dq.SFDiVeQ(), dq.SFDiVeQDetach()], **IDS)
     @pytest.mark.parametrize("write", WRITES)
     @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpoint"])
-    def test_the_gradient_is_of_the_one_that_was_used(self, estimator, write: str, checkpointed: bool):
+    @pytest.mark.parametrize("few", [0, 1 << 14], ids=["many", "few"])
+    def test_the_gradient_is_of_the_one_that_was_used(self, estimator, write, checkpointed, few, monkeypatch):
+        monkeypatch.setattr("diveq_core.estimators.rule._FEW", few)
         z, codebook, noise = problem()
         codebook.requires_grad_(False)
         if isinstance(estimator, (dq.SFDiVeQ, dq.SFDiVeQDetach)):

@@ -56,6 +56,7 @@ class TestEagerShortcuts:
 
     def test_blocks_of_rows_stay_where_they_are(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr("diveq_torch._BLOCK_ENTRIES", 64)
+        monkeypatch.setattr("diveq_core.estimators.rule._FEW", 0)
         z, codebook, noise = (x.detach() for x in problem(rows=100))
         g = torch.ones_like(z)
         expected = dq.vjp(z, codebook, dq.DiVeQ(), noise=noise)[1](g)

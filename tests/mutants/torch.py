@@ -111,9 +111,9 @@ MUTANTS = (
     ),
     Mutant(
         "torch: a mode is passed by",
-        "torch._C._len_torch_dispatch_stack() > 0 or",
-        "",
-        "test_torch_shortcuts.py mode_still",
+        "if torch._C._len_torch_dispatch_stack() > 0:",
+        "if False:",
+        "test_torch.py make_fx",
     ),
     Mutant(
         "torch: indices in NumPy's memory",
