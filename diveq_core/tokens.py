@@ -10,7 +10,9 @@ from diveq_core.arrays.checks import (
     check_floating,
     check_pair,
     checked_indices,
-    search_finite,
+    flat_rows,
+    refuse_not_finite,
+    wants_finite,
 )
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.estimators.base import check_estimator
@@ -69,7 +71,14 @@ def nearest(z: Array, codebook: Array, /, *, check_finite: bool | None = None) -
     """
     lib = backend_of("nearest", z=z, codebook=codebook)
     check_pair(lib, "nearest", z, codebook)
-    return search_finite(lib, "nearest", check_finite, z, codebook)
+    wanted = wants_finite(lib, "nearest", check_finite)
+    if not lib.checks_finite:
+        refuse_not_finite(lib, "nearest", wanted, z=z, codebook=codebook)
+    found = lib.search(flat_rows(lib, z), codebook)
+    # Where reading values is free, the search's own marks are read, and the vectors only to say which are at fault.
+    if lib.checks_finite and wanted and (math.prod(found.shape) == 0 or lib.any_negative(found)):
+        refuse_not_finite(lib, "nearest", True, z=z, codebook=codebook)
+    return found if z.ndim == 2 else lib.xp.reshape(found, tuple(z.shape[:-1]))
 
 
 @quiet

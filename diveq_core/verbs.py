@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import check_floating, check_like, check_wanted, checked_indices, refuse_not_finite
+from diveq_core.arrays.checks import check_floating, check_like, checked_indices, refuse_not_finite, wants_finite
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.estimators.base import check_estimator
 
@@ -227,8 +227,7 @@ def _call(
     check_floating(lib, function, **arrays)
     shape = None if codebook is None else tuple(codebook.shape)
     estimator.check(function, lib, tuple(z.shape), shape)
-    check_wanted(function, finite)
-    if lib.checks_finite if finite is None else finite:
+    if wants_finite(lib, function, finite):
         refuse_not_finite(lib, function, True, **estimator.must_be_finite(lib, z, codebook))
     if indices is not None:
         backend_of(function, z=z, indices=indices)

@@ -79,8 +79,7 @@ def check_like(lib: Backend, function: str, name: str, x: Array, model: Array, l
 
 def refuse_not_finite(lib: Backend, function: str, wanted: bool | None, **arrays: Array) -> None:
     """Refuse NaN and infinity if wanted, by default where reading values is free; it synchronises on a device."""
-    check_wanted(function, wanted)
-    if not (lib.checks_finite if wanted is None else wanted):
+    if not wants_finite(lib, function, wanted):
         return
     for name, x in arrays.items():
         if not lib.is_concrete(x):
@@ -92,24 +91,11 @@ def refuse_not_finite(lib: Backend, function: str, wanted: bool | None, **arrays
             raise ValueError(f"{function}: {name} must be finite, got NaN or infinity in {name}")
 
 
-def check_wanted(function: str, wanted: object) -> None:
-    """Check that it is a bool or None."""
+def wants_finite(lib: Backend, function: str, wanted: bool | None) -> bool:
+    """Whether NaN and infinity are to be refused: as said, or by default where reading values is free."""
     if wanted is not None and not isinstance(wanted, bool):
         raise TypeError(f"{function}: check_finite must be True, False or None, got {describe(wanted)}")
-
-
-def search_finite(lib: Backend, function: str, wanted: bool | None, z: Array, codebook: Array) -> Array:
-    """Index of the nearest codeword, (...), for vectors (..., D); what is not finite is refused if wanted.
-
-    Where reading values is free, the search's own marks are read, and the vectors only to say which are at fault.
-    """
-    check_wanted(function, wanted)
-    if not lib.checks_finite:
-        refuse_not_finite(lib, function, wanted, z=z, codebook=codebook)
-    found = lib.search(flat_rows(lib, z), codebook)
-    if lib.checks_finite and wanted is not False and (math.prod(found.shape) == 0 or lib.any_negative(found)):
-        refuse_not_finite(lib, function, True, z=z, codebook=codebook)
-    return found if z.ndim == 2 else lib.xp.reshape(found, tuple(z.shape[:-1]))
+    return lib.checks_finite if wanted is None else wanted
 
 
 def checked_indices(
