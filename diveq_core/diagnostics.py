@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from diveq_core.arrays.checks import check_floating, check_shape, checked_count, checked_indices, flat_rows
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import one_where
-from diveq_core.estimators.radial import Radial
+from diveq_core.estimators.radial import as_radius
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,7 +134,7 @@ def equivalent_loss(g: Array, z: Array, q: Array, radius: Radius | Callable[[Arr
     dtype = lib.compute_dtype(lib.result_dtype(z, q))
     rows = [lib.astype(flat_rows(lib, x), dtype) for x in (g, z, q)]
     stopped = lib.stop_gradient(lib.xp.sum(rows[0] * (rows[2] - rows[1]), axis=-1, keepdims=True))
-    return lib.xp.sum(stopped * Radial(radius).radius.log(lib, rows[2], rows[1]))
+    return lib.xp.sum(stopped * as_radius("equivalent_loss", radius).log(lib, rows[2], rows[1]))
 
 
 @quiet
@@ -202,12 +202,13 @@ def perplexity(counts: Array, /) -> Array:
     Returns
     -------
     array ()
-        Between 1 and K; NaN if nothing was counted.
+        Between 1 and K; NaN if nothing was counted. Equal counts give exactly their number.
 
     Raises
     ------
     TypeError, ValueError
-        If the counts are neither real floating nor integers, or not of shape (K,).
+        If the counts are neither real floating nor integers, or not of shape (K,) with K >= 1; in NumPy also if one is
+        negative or NaN, which elsewhere gives a number without meaning.
 
     Examples
     --------
@@ -218,12 +219,14 @@ def perplexity(counts: Array, /) -> Array:
     """
     lib, counts = _checked_counts("perplexity", counts)
     xp = lib.xp
-    # A power of two changes no proportion, and the sum of large counts may overflow.
-    counts = xp.where(xp.isfinite(xp.sum(counts)), counts, counts * 2.0**-64)
-    total = xp.sum(counts)
-    p = counts / one_where(lib, total == 0, total)
-    effective = xp.exp(-xp.sum(p * xp.log(one_where(lib, p == 0, p))))
-    return lib.nan_where(total == 0, effective)
+    # A power of two changes no proportion; the inverse of a very large number is flushed to zero in some libraries.
+    counts = xp.where(xp.max(counts) > 2.0**64, counts * 2.0**-64, counts)
+    largest = xp.max(counts)
+    # In parts of the largest the sum cannot overflow, and equal counts give exactly their number: all logarithms are 0.
+    parts = counts / one_where(lib, largest == 0, largest)
+    total = xp.sum(parts)
+    mean_log = xp.sum(parts * xp.log(one_where(lib, parts == 0, parts))) / one_where(lib, total == 0, total)
+    return lib.nan_where(total == 0, total * xp.exp(-mean_log))
 
 
 @quiet
@@ -264,8 +267,11 @@ def _checked_counts(function: str, counts: Array) -> tuple[Backend, Array]:
     whole = lib.is_integer(counts)
     if not whole:
         check_floating(lib, function, counts=counts)
-    if counts.ndim != 1:
-        raise ValueError(f"{function}: counts must have shape (K,), got {tuple(counts.shape)}")
+    if counts.ndim != 1 or counts.shape[0] == 0:
+        wanted = "(K,)" if counts.ndim != 1 else "(K,) with K >= 1"
+        raise ValueError(f"{function}: counts must have shape {wanted}, got {tuple(counts.shape)}")
+    if lib.checks_finite and not bool(lib.xp.all(counts >= 0)):
+        raise ValueError(f"{function}: counts must be at least 0, got a negative one or NaN")
     return lib, lib.astype(counts, lib.xp.float32 if whole else lib.compute_dtype(counts.dtype))
 
 

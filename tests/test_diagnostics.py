@@ -187,7 +187,7 @@ def test_errors_of_rows(library: Library, function):
 
 def test_errors_of_the_equivalent_losss_radius(library: Library):
     arguments = [library.to(x) for x in rows(4)]
-    with pytest.raises(TypeError, match=r"^Radial: radius must be a radius .*, got 1\.0$"):
+    with pytest.raises(TypeError, match=r"^equivalent_loss: radius must be a radius .*, got 1\.0$"):
         dq.equivalent_loss(*arguments, 1.0)
 
 
@@ -281,3 +281,23 @@ def test_the_perplexity_of_counts_whose_sum_overflows(library: Library) -> None:
     # array-api-strict lets NumPy warn of the sum.
     with np.errstate(over="ignore"):
         assert abs(float(dq.perplexity(library.to(np.full(4, 2e38, np.float32)))) - 4) < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 3, 6, 7, 100])
+def test_equal_counts_give_their_number(library: Library, count: int) -> None:
+    for value in (1.0, 7.0, 0.1, 1e-37, 3e38):
+        counts = np.concatenate([np.full(count, value), [0.0]]).astype(np.float32)
+        # exp(0) of a library may be off by an ulp.
+        assert float(dq.perplexity(library.to(counts))) == pytest.approx(count, rel=2**-23)
+
+
+@pytest.mark.parametrize("wrong", [[1.0, -1.0], [1.0, np.nan], [2, -2]])
+def test_numpy_refuses_counts_that_are_none(wrong: list[float]) -> None:
+    for function in (dq.perplexity, dq.used_share):
+        with pytest.raises(ValueError, match=rf"^{function.__name__}: counts must be at least 0, got a negative"):
+            function(np.array(wrong))
+        with pytest.raises(ValueError, match=rf"^{function.__name__}: counts must have shape \(K,\) with K >= 1"):
+            function(np.zeros(0))
+    if not np.isnan(wrong).any():
+        with pytest.raises(ValueError, match=r"^replace_unused: counts must be at least 0, got a negative one$"):
+            dq.replace_unused(np.eye(2), np.array(wrong), rng=np.random.default_rng(0))

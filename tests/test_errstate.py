@@ -59,3 +59,13 @@ def test_overflow_shows_in_the_result() -> None:
     g, z, q = (np.full((1, 2), x) for x in (1e300, -1e300, 1e300))
     with np.errstate(all="raise"):
         assert dq.coefficient(g, z, q) == np.inf
+
+
+def test_nor_in_a_library_that_computes_by_numpy() -> None:
+    library = library_named("array_api_strict")
+    x = library.to(np.array([[3e38, 3e38], [1e-38, 1e38]], np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, pullback = dq.vjp(x, x[:1, :], dq.DiVeQ(), noise=x)
+        pullback(x)
+        assert library.back(dq.codebook_loss(x, -x, dq.nearest(x, x))) == np.inf

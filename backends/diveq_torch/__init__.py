@@ -26,7 +26,7 @@ _BLOCK_ENTRIES = 1 << 19
 
 def _is_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are ordinary values on the CPU from which nothing is recorded: free to read and overwrite."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
     # A mode that waits for operators may trace them, and there are no values then.
     if torch._C._len_torch_dispatch_stack() > 0:
@@ -190,6 +190,11 @@ class TorchBackend(Backend):
     def log_radius_gradients(
         self, r: Callable[[Any, Any], Any], q: torch.Tensor, z: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.jit.is_tracing():
+            raise TypeError(
+                "Radial: torch.jit.trace cannot derive the gradients of a radius given by its value alone; expected "
+                "CustomRadius(r, log_r_gradients), got r alone"
+            )
         log_r, pullback = torch.func.vjp(lambda q, z: safe_log(self, r(q, z)), q, z)
         to_q, to_z = pullback(torch.ones_like(log_r))
         return to_q, to_z

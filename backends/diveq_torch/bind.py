@@ -121,9 +121,13 @@ class _Fixed:
 
 def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:
     """``rule.forward``, differentiable."""
+    if torch.jit.is_tracing():
+        # A Function would be kept as Python, which no file holds.
+        return _in_operations(rule, z, codebook, indices, noise)
     if torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             return _traced(rule, z, codebook, indices, noise)
+        _look_at_numbers(getattr(rule, "estimator", None))
         if forward_ad._current_level >= 0:
             own, dz = forward_ad.unpack_dual(z)
             words, dcodebook = (None, None) if codebook is None else forward_ad.unpack_dual(codebook)
@@ -144,6 +148,19 @@ def quantize(rule: Bindable, z: Any, codebook: Any, indices: Any, noise: Any) ->
         held = noise if rule.noise_by_indices else None
     given = None if rule.noise_by_indices else _kept(noise)
     return function.apply(_Fixed(rule, words, own, held), True, z, None, None, given)
+
+
+def _look_at_numbers(x: Any) -> None:
+    """Read the numbers that a dataclass holds.
+
+    With ``dynamic=True`` they are inputs of the graph, and dynamo fails where a Function is the first to read one.
+    """
+    for name in getattr(x, "__dataclass_fields__", ()):
+        value = getattr(x, name)
+        if isinstance(value, float):
+            _ = value + 0.0
+        elif hasattr(value, "__dataclass_fields__"):
+            _look_at_numbers(value)
 
 
 def _bound(function: Any, rule: Any, z: Any, codebook: Any, indices: Any, noise: Any) -> Any:

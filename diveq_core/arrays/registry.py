@@ -103,6 +103,14 @@ def backend_of(function: str, **arrays: Array) -> Backend:
     return lib
 
 
+class _Standard(Backend):
+    """A library by the standard alone; one that computes by NumPy, as array-api-strict does, warns as NumPy does."""
+
+    def quiet(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        numpy: Any = sys.modules.get("numpy")
+        return function if numpy is None else numpy.errstate(all="ignore")(function)
+
+
 def _libraries(function: str, arrays: dict[str, Array]) -> str:
     served = {name: _registered(x) or _standard(function, name, x) for name, x in arrays.items()}
     return ", ".join(f"{name} of {lib.name}" for name, lib in served.items())
@@ -161,6 +169,6 @@ def _standard(function: str, name: str, x: Array) -> Backend:
     for backend in _backends:
         if backend.xp is namespace:
             return backend
-    backend = Backend(namespace, namespace.__name__.removeprefix("array_api_compat."))
+    backend = _Standard(namespace, namespace.__name__.removeprefix("array_api_compat."))
     _add(backend, len(_backends))
     return backend

@@ -162,13 +162,15 @@ def in_blocks(
     return result
 
 
-def safe_inverse(lib: Backend, length: Array, scale: Array | float = 1.0) -> Array:
-    """``scale / length``, the inverse of a length that a power of two has brought to order one.
+def safe_inverse(lib: Backend, length: Array, scale: Array | float | None = None) -> Array:
+    """``scale / length``, the inverse of a length that a power of two has brought to order one; None stands for 1.
 
     A length of 0 is read as 1, so that no order of derivative is infinite there; one below the normal numbers as
     the smallest of these, whose inverse is finite.
     """
     xp = lib.xp
+    # A default that is a number becomes an input of its graph where torch.compile takes sizes and numbers as open.
+    scale = 1.0 if scale is None else scale
     floor = xp.ones_like(length) * scale * float(xp.finfo(length.dtype).smallest_normal)
     inverse = 1 / one_where(lib, length == 0, xp.where(length < floor, floor, length))
     # Apart, so that the derivative never multiplies the scale by the square of the inverse alone.

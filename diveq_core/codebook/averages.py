@@ -8,7 +8,7 @@ finite contributes nothing, and nothing that is not finite is ever written.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diveq_core.arrays.checks import (
     check_floating,
@@ -22,7 +22,7 @@ from diveq_core.arrays.checks import (
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import Array, describe, larger, smaller
 from diveq_core.codebook.ranks import Ranks, finite_rows
-from diveq_core.codebook.spread import each_block, reach_of
+from diveq_core.codebook.spread import each_block
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -130,6 +130,8 @@ def ema_update(
     This is :math:`E_k = s_k / n_k` with :math:`s_k \leftarrow m s_k + (1-m)\sum z_n`, rearranged: both moving
     averages carry the same bias, which their quotient loses, and a codeword that was not chosen (:math:`c_k = 0`)
     keeps its value bit for bit, from the first step on. Nothing divides by a small count, so no smoothing is needed.
+    A codeword over twice as long, in a coordinate, as every vector keeps its share apart from the sum, which it would
+    round; over several ranks it does not, since no rank knows the vectors of the others.
     Sums that overflow are not written: over several ranks, vectors near the largest number and far from the codebook.
 
     It is also, exactly, a step of stochastic gradient descent on the codebook loss
@@ -167,8 +169,10 @@ def ema_update(
     segments = xp.reshape(indices, (math.prod(indices.shape),))
     rows, dtype = flat_rows(lib, lib.stop_gradient(z)), means.dtype
     # On several ranks only what all of them know: the vectors would take another collective.
-    scale = _scale(lib, means, rows if all_reduce is None else None)
+    largest = _largest(lib, rows, dtype) if all_reduce is None else None
+    scale = _scale(lib, means, largest)
     scaled = means * scale
+    centre = scaled if largest is None else xp.where(xp.abs(scaled) > 2 * largest * scale, xp.zeros_like(means), scaled)
     total = xp.zeros((codebook.shape[0], codebook.shape[1] + 1), dtype=dtype, **lib.place(means))
 
     def add(z: Array, segments: Array) -> None:
@@ -176,8 +180,9 @@ def ema_update(
         rows, finite = finite_rows(lib, lib.astype(z, dtype))
         chosen = xp.logical_and(finite, segments >= 0)
         segments = xp.where(chosen, segments, xp.full_like(segments, -1))
-        q = lib.take_rows(scaled, xp.where(chosen, segments, xp.zeros_like(segments)))
-        # Sums of differences, not of vectors: an offset that all vectors share costs no digits.
+        q = lib.take_rows(centre, xp.where(chosen, segments, xp.zeros_like(segments)))
+        # Sums of differences, not of vectors: an offset that all vectors share costs no digits. From zero where the
+        # codeword is far longer, which would cost them all.
         d = xp.where(chosen[:, None], rows * scale - q, xp.zeros_like(rows))
         counted = xp.concat([d, xp.astype(chosen, dtype)[:, None]], axis=1)
         total = lib.segment_add(total, counted, segments)
@@ -193,26 +198,39 @@ def ema_update(
     rate = xp.where(used, (1 - decay) / xp.where(used, n, xp.ones_like(n)), zeros)
     # Means of finite vectors pass the largest number by rounding only.
     limit = float(xp.finfo(dtype).max) * scale
-    moved = scaled + rate[:, None] * total[:, :-1]
+    kept = xp.where(used, decay * old / xp.where(used, n, xp.ones_like(n)), xp.ones_like(n))
+    begin = centre + xp.where(centre == scaled, xp.zeros_like(scaled), kept[:, None] * scaled)
+    moved = begin + rate[:, None] * total[:, :-1]
     moved = xp.where(xp.isfinite(moved), smaller(lib, larger(lib, moved, -limit), limit), moved) / scale
     rounded = lib.astype(moved, codebook.dtype)
     written = xp.logical_and(used, xp.all(xp.isfinite(rounded), axis=1))[:, None]
     return EMAState(n, xp.where(written, moved, means)), xp.where(written, rounded, codebook)
 
 
-def _scale(lib: Backend, means: Array, z: Array | None) -> Array:
-    """Power of two, (): below 1 where sums of differences of vectors so large might overflow."""
+def _largest(lib: Backend, z: Array, dtype: Any) -> Array:
+    """Largest absolute value in each column of the finite vectors, (1, D)."""
     xp = lib.xp
-    largest = xp.max(xp.abs(finite_rows(lib, means)[0]))
+    largest = xp.zeros((1, z.shape[1]), dtype=dtype, **lib.place(z))
 
     def look(z: Array) -> None:
         nonlocal largest
-        largest = larger(lib, largest, xp.max(xp.abs(finite_rows(lib, lib.astype(z, means.dtype))[0])))
+        rows = xp.abs(finite_rows(lib, lib.astype(z, dtype))[0])
+        largest = larger(lib, largest, xp.max(rows, axis=0, keepdims=True))
 
-    if z is not None:
-        each_block(lib, look, z)
-    reach, one = reach_of(lib, means.dtype), xp.ones_like(largest)
-    return xp.where(largest > reach, one * reach**-2, one)
+    each_block(lib, look, z)
+    return largest
+
+
+def _scale(lib: Backend, means: Array, largest: Array | None) -> Array:
+    """Power of two for each column, (1, D): below 1 only where sums of differences so large might overflow.
+
+    What it makes vanish is smaller than a column's largest number by more than the digits of any sum.
+    """
+    xp = lib.xp
+    largest = xp.zeros_like(means[:1, :]) if largest is None else largest
+    largest = larger(lib, largest, xp.max(xp.abs(finite_rows(lib, means)[0]), axis=0, keepdims=True))
+    one = xp.ones_like(largest)
+    return xp.where(largest > float(xp.finfo(means.dtype).max) * 2.0**-42, one * 2.0**-40, one)
 
 
 def _means(lib: Backend, state: EMAState, codebook: Array) -> Array:

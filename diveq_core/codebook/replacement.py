@@ -61,7 +61,7 @@ def replace_unused(
         A codeword that is not finite counts as unused.
     counts : array (K,)
         Use of each codeword: `usage` of one or several batches, `EMAState.counts`, or integers as ``bincount`` gives
-        them. Only proportions matter; NaN counts for nothing.
+        them. Only proportions matter; NaN counts for nothing, and so does what is negative, which NumPy refuses.
     z : array (..., D), optional
         Vectors to draw from instead of used codewords; those that are not finite are left out.
     threshold : float or array (), default 0
@@ -124,6 +124,8 @@ def replace_unused(
     check_single("replace_unused", codebook)
     count, width = codebook.shape
     check_shape("replace_unused", "counts", counts, (count,), "codebook without its last axis")
+    if lib.checks_finite and lib.any_negative(counts):
+        raise ValueError("replace_unused: counts must be at least 0, got a negative one")
     if z is not None:
         backend_of("replace_unused", codebook=codebook, z=z)
         check_pair(lib, "replace_unused", z, codebook)

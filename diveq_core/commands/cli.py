@@ -69,6 +69,9 @@ def compare_command(
     except CompareError as error:
         typer.echo(f"compare: {error}", err=True)
         raise typer.Exit(2) from None
+    except MemoryError as error:
+        typer.echo(f"compare: these sizes do not fit in memory: {error}", err=True)
+        raise typer.Exit(2) from None
 
 
 @app.command("bench")
@@ -107,4 +110,7 @@ def bench_command(
         bench(settings, out, json)
     except BenchError as error:
         typer.echo(f"bench: {error}", err=True)
+        raise typer.Exit(2) from None
+    except MemoryError as error:
+        typer.echo(f"bench: these sizes do not fit in memory: {error}", err=True)
         raise typer.Exit(2) from None

@@ -17,8 +17,12 @@ class UsageError(ValueError):
 
 def check_integer(error: type[UsageError], name: str, value: Any, at_least: int) -> None:
     """Check an option's integer; ``name`` is that of the field, ``error`` the command's own."""
+    option = f"--{name.replace('_', '-')}"
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise error(f"--{name.replace('_', '-')} must be an integer >= {at_least}, got {value}")
+        raise error(f"{option} must be an integer >= {at_least}, got {value}")
+    # No array is longer; a seed may be any number.
+    if name != "seed" and value >= 1 << 31:
+        raise error(f"{option} must be an integer below 2^31, got {value}")
 
 
 def check_output(error: type[UsageError], option: str, path: Path, suffix: str) -> None:
@@ -29,8 +33,17 @@ def check_output(error: type[UsageError], option: str, path: Path, suffix: str) 
         raise error(f"{option} must be a file, got the folder {path}")
     if not path.parent.is_dir():
         raise error(f"{option} must be in a folder that exists, got {path}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise error(f"{option} must be a file that can be written, got {path}, which may not")
+    there = path.exists()
+    try:
+        if not os.access(path if there else path.parent, os.W_OK):
+            raise PermissionError
+        # Tried, as rights alone do not tell: no file system for processes takes one, say.
+        with path.open("ab"):
+            pass
+    except OSError:
+        raise error(f"{option} must be a file that can be written, got {path}, which may not") from None
+    if not there:
+        path.unlink()
 
 
 def wide_console(narrowest: int) -> Console:

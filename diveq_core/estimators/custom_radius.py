@@ -46,12 +46,15 @@ class CustomRadius:
     log_r_gradients: Callable[[Array, Array], Gradients] | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("r", self.r), ("log_r_gradients", self.log_r_gradients or self.r)):
-            if not callable(value):
+        given = self.r if self.log_r_gradients is None else self.log_r_gradients
+        for name, value in (("r", self.r), ("log_r_gradients", given)):
+            if isinstance(value, type) or not callable(value):
                 raise TypeError(f"CustomRadius: {name} must be callable with (q, z), got {describe(value)}")
 
     def _value(self, q: Array, z: Array) -> Array:
         value = self.r(q, z)
+        if not hasattr(value, "shape"):
+            raise TypeError(f"CustomRadius: r(q, z) must give an array (N,) or (N, 1), got {describe(value)}")
         if tuple(value.shape) == (q.shape[0],):
             value = value[:, None]
         if tuple(value.shape) != (q.shape[0], 1):
@@ -67,7 +70,13 @@ class CustomRadius:
         if self.log_r_gradients is None:
             to_q, to_z = lib.log_radius_gradients(self._value, q, z)
         else:
-            to_q, to_z = self.log_r_gradients(q, z)
+            pair = self.log_r_gradients(q, z)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(hasattr(x, "shape") for x in pair):
+                raise TypeError(
+                    f"CustomRadius: log_r_gradients(q, z) must give two arrays, (d ln r/dq, d ln r/dz), "
+                    f"got {describe(pair)}"
+                )
+            to_q, to_z = pair
             for name, gradient in (("q", to_q), ("z", to_z)):
                 if tuple(gradient.shape) != tuple(q.shape):
                     raise ValueError(

@@ -94,6 +94,12 @@ class FSQ(Scalar):
 
     @property
     def entry(self) -> Estimator:
+        if not self.reads <= frozenset("z"):
+            # The derivative is that of the bound, where nothing has been chosen yet.
+            raise TypeError(
+                f"Residual: an FSQ in stages must read z alone, got {describe(self)}, which reads "
+                f"{', '.join(sorted(self.reads - {'z'}))}"
+            )
         return _Bound(self)
 
     def refined(self, depth: int) -> Estimator:

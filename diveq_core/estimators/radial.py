@@ -11,6 +11,7 @@ from diveq_core.estimators.custom_radius import CustomRadius
 
 if TYPE_CHECKING:
     from diveq_core.arrays.backend import Backend
+    from diveq_core.estimators.base import Shape
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class Radial(Estimator):
     radius: Any
 
     def __post_init__(self) -> None:
-        stated = hasattr(self.radius, "log") and hasattr(self.radius, "log_gradients")
-        if isinstance(self.radius, type) or not (stated or callable(self.radius)):
-            raise TypeError(
-                f"Radial: radius must be a radius such as Power(1.0), or a callable r(q, z), got {self.radius!r}"
+        object.__setattr__(self, "radius", as_radius("Radial", self.radius))
+
+    def check(self, function: str, lib: Backend, z: Shape | None, codebook: Shape | None) -> None:
+        super().check(function, lib, z, codebook)
+        width = getattr(self.radius, "width", None)
+        if codebook is not None and width is not None and width != codebook[-1]:
+            raise ValueError(
+                f"Mahalanobis: matrix must have shape (D, D) with D = {codebook[-1]} as in z, got {(width, width)}"
             )
-        if not stated:
-            object.__setattr__(self, "radius", CustomRadius(self.radius))
 
     def _live_error(self, lib: Backend, z: Array, q: Array) -> tuple[Array, Array | float]:
         r"""``k sg[d / r] r``, equal to k d but differentiable through r alone; and 1 / k.
@@ -70,3 +73,13 @@ class Radial(Estimator):
         live, back = self._live_error(lib, z, q)
         to_q, to_z = self.radius.log_gradients(lib, q, z)
         return dz + live * (lib.dot(to_q * back, dq) + lib.dot(to_z * back, dz))
+
+
+def as_radius(function: str, radius: Any) -> Any:
+    """The radius itself, or a callable as one."""
+    stated = hasattr(radius, "log") and hasattr(radius, "log_gradients")
+    if isinstance(radius, type) or not (stated or callable(radius)):
+        raise TypeError(
+            f"{function}: radius must be a radius such as Power(1.0), or a callable r(q, z), got {radius!r}"
+        )
+    return radius if stated else CustomRadius(radius)

@@ -224,3 +224,44 @@ def test_copies_of_a_matrix_compile_once(transformed: bool):
     assert counter.frame_count == 1
     other = dq.Radial(dq.Mahalanobis(np.diag([9.0, 2.0, 3.0])))
     assert_equal(compiled(z.detach() if transformed else z, other), f(z.detach(), other), **CLOSE)
+
+
+@pytest.mark.parametrize("radius", [dq.Power(2.0), dq.PseudoHuber(), dq.PNorm(3.0), dq.Cosine()], ids=repr)
+def test_stages_of_a_radius_with_open_sizes(radius):
+    torch._dynamo.reset()
+    z, codebook, _ = problem()
+    estimator = dq.Residual(dq.Radial(radius), 2)
+
+    def loss(z, codebook):
+        return loss_of(dq.quantize(z, codebook, estimator).z_q)
+
+    expected = torch.autograd.grad(loss(z, codebook), [z, codebook])
+    compiled = torch.compile(loss, dynamic=True, fullgraph=True, backend="eager")
+    for actual, wanted in zip(torch.autograd.grad(compiled(z, codebook), [z, codebook]), expected, strict=True):
+        assert_equal(actual, wanted, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and each size it reads is a warning
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("estimator", ESTIMATORS, **IDS)
+def test_a_trace_is_saved_and_has_gradients(estimator, frozen, tmp_path):
+    z, codebook, noise = problem()
+    if not isinstance(noise, torch.Tensor):
+        pytest.skip("a trace takes tensors")
+    inputs = (z, codebook.detach() if frozen else codebook, noise)
+    to = [x for x in inputs if x.requires_grad]
+
+    def loss(z, codebook, noise):
+        return loss_of(dq.quantize(z, codebook, estimator, noise=noise).z_q)
+
+    expected = torch.autograd.grad(loss(*inputs), to, allow_unused=True, materialize_grads=True)
+    if getattr(getattr(estimator, "radius", None), "log_r_gradients", estimator) is None:
+        with pytest.raises(TypeError, match=r"^Radial: torch\.jit\.trace cannot derive the gradients of a radius"):
+            torch.jit.trace(loss, tuple(x.detach() for x in inputs), check_trace=False)
+        return
+    traced = torch.jit.trace(loss, tuple(x.detach() for x in inputs), check_trace=False)
+    torch.jit.save(traced, str(tmp_path / "traced.pt"))
+    loaded = torch.jit.load(str(tmp_path / "traced.pt"))
+    actual = torch.autograd.grad(loaded(*inputs), to, allow_unused=True, materialize_grads=True)
+    for one, other in zip(actual, expected, strict=True):
+        assert_equal(one, other, **CLOSE)

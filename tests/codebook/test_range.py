@@ -135,3 +135,27 @@ def test_a_curve_through_the_largest_numbers() -> None:
     for scale in (1e308, 1e-310, 1.0):
         curve = dq.curve_init(corners * scale, 5, noise=noise)[:, 0] / scale
         np.testing.assert_allclose(curve, corners[:, 0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-3])
+def test_a_codeword_far_longer_than_its_vectors_moves_to_their_mean(library: Library, weight: float) -> None:
+    z = np.array([[1, 2], [3, 4]], np.float32)
+    for far in (1e10, 1e20, 3e37):
+        words = np.array([[far, -far], [5, 5]], np.float32)
+        arrays = [library.to(x) for x in (z, words, np.array([0, 0]))]
+        _, moved = dq.ema_update(dq.ema_init(arrays[1], weight=weight), *arrays, decay=0.5)
+        kept = weight / (weight + 2)
+        expected = kept * words[0].astype("f8") + (1 - kept) * z.mean(axis=0)
+        # A few roundings.
+        np.testing.assert_allclose(library.back(moved), [expected, [5, 5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [60, 100])
+def test_moving_averages_beside_large_numbers_keep_small_ones(library: Library, exponent: int) -> None:
+    large = 2.0**exponent
+    words, z = (np.array(x, np.float32) for x in ([[large, 1.0], [1.0, 2.0]], [[large, 1e-4], [1e-3, 1e-20]]))
+    arrays = [library.to(x) for x in (z, words, np.array([0, 1]))]
+    _, moved = dq.ema_update(dq.ema_init(arrays[1]), *arrays)
+    # Each codeword moves to its one vector, to a rounding of the larger of the two.
+    np.testing.assert_allclose(library.back(moved)[:, 1], z[:, 1], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(library.back(moved)[1, 1], z[1, 1], rtol=1e-6)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from diveq_core.commands.cli import app
 from diveq_core.commands.compare.images import Images, load_images
 from diveq_core.commands.compare.patches import Patches
 from diveq_core.commands.compare.settings import CompareError
@@ -207,3 +209,21 @@ def test_digits_as_scikit_learn_gives_them(tmp_path):
     )
     with pytest.raises(CompareError, match=r"two patches high and one wide, 10 x 5 pixels .* got 8 x 8"):
         Patches(images, 5)
+
+
+def test_what_cannot_be_read_written_or_held_is_one_line(tmp_path) -> None:
+    np.savez(tmp_path / "whole.npz", np.ones(3))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npz").read_bytes()[:60])
+    np.save(tmp_path / "grey.npy", np.random.default_rng(0).random((40, 40)))
+    grey = ["--data", str(tmp_path / "grey.npy"), "--out", str(tmp_path / "x.png")]
+    for options, text in (
+        (["--data", str(tmp_path / "cut.npy")], "compare: --data must be a .npy file of numbers, got"),
+        ([*grey, "--out", "/proc/x.png"], "compare: --out must be a file that can be written, got /proc/x.png"),
+        ([*grey, "--batch", str(1 << 40)], "compare: --batch must be an integer below 2^31, got"),
+        ([*grey, "--dim", str(1 << 30), "--codewords", "4"], "compare: these sizes do not fit in memory: "),
+    ):
+        result = CliRunner().invoke(app, ["compare", *options])
+        assert result.exit_code == 2
+        assert result.stderr.startswith(text)
+        assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()

@@ -359,3 +359,15 @@ def test_what_fsq_cannot_be_part_of() -> None:
         dq.jvp(np.zeros((2, 1)), None, np.zeros((2, 1)), np.zeros((2, 1)), dq.FSQ([5]))
     with pytest.raises(ValueError, match=r"^quantize: z must have shape .* D = 2, one for each level, got \(2, 3\)"):
         dq.quantize(np.zeros((2, 6)), None, dq.Product(dq.FSQ([5, 5]), 2))
+
+
+def test_stages_of_one_that_reads_its_output_are_refused() -> None:
+    class Reading(dq.FSQ):
+        @property
+        def reads(self):
+            return frozenset(("z", "q"))
+
+    with pytest.raises(
+        TypeError, match=r"^Residual: an FSQ in stages must read z alone, got .*Reading, which reads q$"
+    ):
+        dq.Residual(Reading([3, 3]), 2)

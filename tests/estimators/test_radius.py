@@ -246,3 +246,23 @@ def test_copies_are_traced_once_in_jax() -> None:
     expected = dq.vjp(z, codebook, other)[1](2 * codebook[dq.nearest(z, codebook)])[0]
     np.testing.assert_allclose(f(z, codebook, other), expected, rtol=1e-5, atol=1e-5)
     assert len(traced) == 2
+
+
+def test_a_matrix_of_another_size_is_refused_at_the_first_call() -> None:
+    estimator = dq.Radial(dq.Mahalanobis(np.eye(3)))
+    for whole, words in ((estimator, np.ones((4, 2))), (dq.Residual(estimator, 2), np.ones((2, 4, 2)))):
+        with pytest.raises(ValueError, match=r"^Mahalanobis: matrix must have shape \(D, D\) with D = 2"):
+            dq.quantize(np.ones((3, 2)), words, whole)
+
+
+def test_what_is_no_function_and_what_gives_no_arrays() -> None:
+    with pytest.raises(TypeError, match=r"^CustomRadius: log_r_gradients must be callable .*, got builtins\.dict$"):
+        dq.CustomRadius(abs, {})
+    with pytest.raises(TypeError, match=r"^CustomRadius: r must be callable .*, got numpy\.ndarray$"):
+        dq.CustomRadius(np.ones(3))
+    x, q = np.ones((2, 3)), np.zeros((2, 3))
+    with pytest.raises(TypeError, match=r"^CustomRadius: r\(q, z\) must give an array .*, got builtins\.float$"):
+        dq.equivalent_loss(x, x, q, lambda q, z: 1.0)
+    radius = dq.CustomRadius(lambda q, z: q[:, 0], lambda q, z: (1, 2))
+    with pytest.raises(TypeError, match=r"^CustomRadius: log_r_gradients\(q, z\) must give two arrays"):
+        dq.vjp(x, q, dq.Radial(radius))[1](x)

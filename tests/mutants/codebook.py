@@ -170,9 +170,21 @@ MUTANTS = (
     ),
     Mutant(
         "EMA: large differences as they are",
-        "largest > reach, one * reach**-2, one",
-        "largest > reach, one, one",
+        "2.0**-42, one * 2.0**-40, one",
+        "2.0**-42, one, one",
         "test_range.py averages_of_the_largest and numpy",
+    ),
+    Mutant(
+        "EMA: differences from a codeword that is far longer",
+        "xp.where(xp.abs(scaled) > 2 * largest * scale, xp.zeros_like(means), scaled)",
+        "scaled",
+        "test_range.py far_longer and numpy",
+    ),
+    Mutant(
+        "EMA: what a codeword that is far longer keeps is lost",
+        "kept[:, None] * scaled",
+        "0 * kept[:, None] * scaled",
+        "test_range.py far_longer and numpy",
     ),
     Mutant(
         "EMA: the state is the codebook",

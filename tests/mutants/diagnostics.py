@@ -29,5 +29,10 @@ MUTANTS = (
         "lib.xp.sum(rows[0] * (rows[2] - rows[1]), axis=-1, keepdims=True)",
         "test_diagnostics.py radial_estimator and torch",
     ),
-    Mutant("perplexity: in bits", "xp.exp(-xp.sum(p", "2.0 ** (-xp.sum(p", "test_diagnostics.py perplexity and numpy"),
+    Mutant(
+        "perplexity: in bits",
+        "total * xp.exp(-mean_log)",
+        "total * 2.0**-mean_log",
+        "test_diagnostics.py perplexity and numpy",
+    ),
 )

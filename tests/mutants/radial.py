@@ -104,8 +104,8 @@ MUTANTS = (
     ),
     Mutant(
         "CustomRadius: gradients swapped",
-        "to_q, to_z = self.log_r_gradients(q, z)",
-        "to_z, to_q = self.log_r_gradients(q, z)",
+        "to_q, to_z = pair",
+        "to_z, to_q = pair",
         verbs("CustomRadius"),
     ),
     Mutant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -93,8 +94,9 @@ def _read_image(path: Path) -> np.ndarray:
 
 def _read_array(path: Path) -> list[np.ndarray]:
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            values = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CompareError(f"--data must be a .npy file of numbers, got {path}: {_first_line(error)}") from None
     if not isinstance(values, np.ndarray):
         raise CompareError(f"--data must be one array in a .npy file, got an archive of arrays in {path}")
