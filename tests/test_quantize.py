@@ -415,17 +415,20 @@ def test_estimators_are_hashable_and_frozen(estimator: dq.Estimator):
     "estimator", [dq.STE(), dq.Rotation(), dq.DiVeQDetach(), dq.Radial(dq.PseudoHuber())], ids=repr
 )
 @pytest.mark.parametrize("name", ["numpy", "array_api_strict", "mlx", "torch"])
-def test_the_pullback_is_that_of_the_codebook_that_was_used(name: str, estimator) -> None:
+# Of few vectors the rule keeps its derivatives, of many what it reads.
+@pytest.mark.parametrize("n", [6, 6000])
+def test_the_pullback_is_that_of_the_codebook_that_was_used(n: int, name: str, estimator) -> None:
     library, rng = library_named(name), np.random.default_rng(0)
-    z, g, words = (rng.standard_normal(s).astype(np.float32) for s in ((6, 3), (6, 3), (5, 3)))
+    z, g, words = (rng.standard_normal(s).astype(np.float32) for s in ((n, 3), (n, 3), (5, 3)))
     expected = dq.vjp(z, words, estimator)[1](g)
     codebook = library.to(words.copy())
     if name == "numpy":
         codebook = words.copy()
     _, pullback = dq.vjp(library.to(z), codebook, estimator)
     codebook[...] = library.to(3 * words[::-1].copy())
+    # A codeword's gradient is a sum over its vectors, in any order.
     for actual, wanted in zip(pullback(library.to(g)), expected, strict=True):
-        assert_close(actual, wanted, library, rtol=1e-5, atol=1e-5)
+        assert_close(actual, wanted, library, rtol=1e-5, atol=1e-5 * max(n / 100, 1))
 
 
 @pytest.mark.parametrize("name", ["numpy", "array_api_strict", "mlx", "torch"])

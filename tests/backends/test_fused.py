@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from searches import EPS32, assert_nearest, squared_distances
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,13 @@ def _copies() -> Problem:
     return Problem(problem.z, codebook)
 
 
+def _close() -> Problem:
+    """Vectors between two codewords of different tiles, nearer to the later one by little more than float32 hides."""
+    codebook = Problem.drawn(130, 300, 20).codebook
+    first, second = codebook[:120].astype(np.float64), codebook[140:260].astype(np.float64)
+    return Problem(((first + second) / 2 + 1.7e-6 * (second - first)).astype(np.float32), codebook)
+
+
 PROBLEMS = {
     "one of each": Problem.drawn(1, 1, 1),
     "no rows": Problem(np.zeros((0, 20), np.float32), np.ones((300, 20), np.float32), exact=True),
@@ -75,6 +82,7 @@ PROBLEMS = {
     "ties": _grid(0, "float32"),
     "ties, far": _grid(1000, "float32"),
     "copies": _copies(),
+    "close": _close(),
     "all equal": Problem(Problem.drawn(130, 300, 20).z, np.full((300, 20), 0.1, np.float32), exact=True),
     "float16": Problem.drawn(130, 300, 20, dtype="float16"),
     "float16, far": Problem.drawn(130, 300, 20, offset=10, dtype="float16"),
@@ -173,6 +181,31 @@ def test_triton_interpreted(by_triton: Any, name: str):
     check(name, by_triton[name])
 
 
+STATED = """
+    import numpy as np
+    import torch
+    from test_search_accuracy import KINDS, check, drawn
+    from diveq_torch import backend, fused
+
+    np.seterr(all="ignore")
+    for kind in KINDS:
+        for shape, seed in (((40, 8), 0), ((64, 40), 0), ((64, 40), 1)):
+            z, codebook = drawn(kind, shape, seed)
+            found = fused.nearest_rows(backend, torch.from_numpy(z), torch.from_numpy(codebook)).numpy()
+            check(found, z, codebook)
+"""
+
+
+def test_triton_keeps_to_the_statement_of_accuracy(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    here = Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", f"{here}:{here.parent / 'arrays'}", prepend=":")
+    run_python(STATED)
+
+
 COMPILED = """
     import re
     import triton
@@ -181,23 +214,24 @@ COMPILED = """
     from diveq_core.arrays import search
     from diveq_torch import fused
 
-    def instructions(vectors, codewords, **constants):
-        types = dict.fromkeys(fused._kernel.arg_names, "*fp32") | dict(z="*" + vectors, e="*" + codewords)
-        types |= dict(canonical="*i64", found="*i64", centred="*i32", n="i32")
-        limit = 2.0 ** (search.REACH - 2)
-        tile = dict(COUNT=1000, ROWS=64, COLUMNS=64, DEPTH=32, EITHER=True, LIMIT=limit, INTERPRETED=False)
-        values = {(fused._kernel.arg_names.index(k),): v for k, v in (tile | constants).items()}
-        types |= dict.fromkeys(tile | constants, "constexpr")
-        source = ASTSource(fn=fused._kernel, signature=types, constexprs=values)
+    def instructions(kernel, pointers, **constants):
+        types = {name: pointers.get(name, "*fp32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+        values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=types, constexprs=values)
         assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
         print(*sorted(set(re.findall(r"tf32|wgmma.mma_async|mma.sync|fma.rn.f32", assembly))), sep=",")
 
-    for width in (20, 100):
-        whole = width <= 32
-        instructions("fp32", "fp32", WIDTH=width, WHOLE=whole, HALF=False)
-        instructions("bf16", "fp32", WIDTH=width, WHOLE=whole, HALF=False)
-        instructions("bf16", "bf16", WIDTH=width, WHOLE=whole, HALF=True)
-        instructions("fp16", "fp16", WIDTH=width, WHOLE=whole, HALF=True)
+    numbers = dict(n="i32", total="i32", centred="*i32", found="*i64", uncertain="*i32", count="*i32")
+    parts = dict.fromkeys(("high", "low", "e_high", "e_low"), "*fp16")
+    limit = 2.0 ** (search.REACH - 2)
+    for width in (20, 100, 300):
+        settings = fused.settings(width)
+        tile = {name: settings[name] for name in ("ROWS", "COLUMNS", "DEPTH", "PADDED")}
+        for narrow in (True, False):
+            chosen = dict(NARROW=narrow, EITHER=True, ERROR=1e-6, INTERPRETED=False)
+            instructions(fused._kernel, numbers | parts, **tile, **chosen)
+        exact = dict(WIDTH=width, ROWS=64, COLUMNS=64, DEPTH=32, LIMIT=limit)
+        instructions(fused._exact_kernel, numbers | dict(canonical="*i64", z="*bf16"), **exact)
 """
 
 
@@ -206,8 +240,8 @@ def test_triton_compiles_for_hopper_without_tf32(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    full, narrow = "fma.rn.f32", "fma.rn.f32,wgmma.mma_async"
-    assert run_python(COMPILED).split() == [full, full, narrow, narrow] * 2
+    exact, split = "fma.rn.f32", "fma.rn.f32,wgmma.mma_async"
+    assert run_python(COMPILED).split() == [split, split, exact] * 3
 
 
 # Pallas

@@ -134,4 +134,34 @@ MUTANTS = (
         "pass",
         "test_torch_overwritten.py may_not",
     ),
+    Mutant(
+        "Triton: what the first parts leave out is lost",
+        "(tile - first.to(tl.float32)).to(tl.float16)",
+        "(tile - tile).to(tl.float16)",
+        "test_fused.py triton_interpreted",
+    ),
+    Mutant(
+        "Triton: a row of several best scores is taken for certain",
+        "close = tl.where(better, tl.where(hits >= 2 * _ONE, 1, 0)",
+        "close = tl.where(better, tl.where(hits >= 2 * _ONE, 0, 0)",
+        "test_fused.py triton_interpreted",
+    ),
+    Mutant(
+        "Triton: a row as close to a codeword of another tile is taken for certain",
+        "tl.where(least <= best + error, 1, close))",
+        "close)",
+        "test_fused.py triton_interpreted",
+    ),
+    Mutant(
+        "Triton: only the first of the listed rows are searched again",
+        "listed = tl.program_id(0) * ROWS + tl.arange(0, ROWS)",
+        "listed = tl.arange(0, ROWS)",
+        "test_fused.py triton_interpreted",
+    ),
+    Mutant(
+        "Triton: short vectors beside a far codeword lose their digits",
+        "_SHORTEST = 2.0**-40",
+        "_SHORTEST = 2.0**4",
+        "test_fused.py triton_keeps",
+    ),
 )
