@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.registry import backend_of
 from libraries import library_named
 
@@ -47,7 +46,7 @@ def assert_same(actual, expected) -> None:
 @pytest.mark.parametrize("estimator", ESTIMATORS, **IDS)
 def test_the_same_numbers(estimator: dq.Estimator):
     library = library_named("array_api_strict")
-    assert type(backend_of("test", x=library.to(np.zeros(1, np.float32)))) is Backend
+    assert type(backend_of("test", x=library.to(np.zeros(1, np.float32)))).__module__.startswith("diveq_core.")
     assert_same(everything(*arrays(), estimator, library.to), everything(*arrays(), estimator))
 
 
