@@ -202,7 +202,7 @@ def perplexity(counts: Array, /) -> Array:
     Returns
     -------
     array ()
-        Between 1 and K; NaN if nothing was counted. Equal counts give exactly their number.
+        Between 1 and K; NaN if nothing was counted. Equal counts give their number, to the last place of exp(0).
 
     Raises
     ------
@@ -222,7 +222,7 @@ def perplexity(counts: Array, /) -> Array:
     # A power of two changes no proportion; the inverse of a very large number is flushed to zero in some libraries.
     counts = xp.where(xp.max(counts) > 2.0**64, counts * 2.0**-64, counts)
     largest = xp.max(counts)
-    # In parts of the largest the sum cannot overflow, and equal counts give exactly their number: all logarithms are 0.
+    # In parts of the largest the sum cannot overflow, and equal counts have logarithms of 0 alone.
     parts = counts / one_where(lib, largest == 0, largest)
     total = xp.sum(parts)
     mean_log = xp.sum(parts * xp.log(one_where(lib, parts == 0, parts))) / one_where(lib, total == 0, total)

@@ -1,7 +1,7 @@
 """MLX for diveq_core: eager and under ``grad``, ``vjp``, ``jvp``, ``vmap``, ``compile`` and ``checkpoint``.
 
 Products are ``mx.matmul``, which on a GPU may round float32 to TF32 and has no setting for a single product. Set
-``MLX_ENABLE_TF32=0`` before MLX is imported to have the search and a Mahalanobis radius in full precision there.
+``MLX_ENABLE_TF32=0`` before MLX's first product to have the search and a Mahalanobis radius in full precision there.
 """
 
 from __future__ import annotations

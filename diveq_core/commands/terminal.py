@@ -15,14 +15,13 @@ class UsageError(ValueError):
     """A message for the person at the terminal: what was wrong, what was expected and what was got."""
 
 
-def check_integer(error: type[UsageError], name: str, value: Any, at_least: int) -> None:
-    """Check an option's integer; ``name`` is that of the field, ``error`` the command's own."""
+def check_integer(error: type[UsageError], name: str, value: Any, at_least: int, below: int | None = 1 << 31) -> None:
+    """Check an option's integer; ``name`` is that of the field, ``error`` the command's own. No array is 2^31 long."""
     option = f"--{name.replace('_', '-')}"
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise error(f"{option} must be an integer >= {at_least}, got {value}")
-    # No array is longer; a seed may be any number.
-    if name != "seed" and value >= 1 << 31:
-        raise error(f"{option} must be an integer below 2^31, got {value}")
+    if below is not None and value >= below:
+        raise error(f"{option} must be an integer below 2^{below.bit_length() - 1}, got {value}")
 
 
 def check_output(error: type[UsageError], option: str, path: Path, suffix: str) -> None:

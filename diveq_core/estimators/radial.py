@@ -45,11 +45,10 @@ class Radial(Estimator):
 
     def check(self, function: str, lib: Backend, z: Shape | None, codebook: Shape | None) -> None:
         super().check(function, lib, z, codebook)
-        width = getattr(self.radius, "width", None)
-        if codebook is not None and width is not None and width != codebook[-1]:
-            raise ValueError(
-                f"Mahalanobis: matrix must have shape (D, D) with D = {codebook[-1]} as in z, got {(width, width)}"
-            )
+        # Only a radius with parameters of a width has it.
+        check_width = getattr(self.radius, "check_width", None)
+        if codebook is not None and check_width is not None:
+            check_width(codebook[-1])
 
     def _live_error(self, lib: Backend, z: Array, q: Array) -> tuple[Array, Array | float]:
         r"""``k sg[d / r] r``, equal to k d but differentiable through r alone; and 1 / k.

@@ -225,6 +225,13 @@ class Mahalanobis:
             object.__setattr__(self, "matrix", lib.snapshot(lib.stop_gradient(self.matrix)))
             object.__setattr__(self, "entries", array("d", _numbers(lib, self.matrix)).tobytes())
 
+    def check_width(self, width: int) -> None:
+        """Refuse vectors of another width than the matrix."""
+        if width != self.width:
+            raise ValueError(
+                f"Mahalanobis: matrix must have shape (D, D) with D = {width} as in z, got {(self.width, self.width)}"
+            )
+
     def _symmetric(self, lib: Backend, x: Array) -> Array:
         m = lib.like(self.matrix, x, self.entries)
         return (m + lib.xp.permute_dims(m, (1, 0))) * 0.5
@@ -232,11 +239,7 @@ class Mahalanobis:
     def _scaled(self, lib: Backend, q: Array, z: Array) -> tuple[Array, Array, Array]:
         """``M y``, ``<y, M y>`` and the power of two ``k`` for which ``y = k d``."""
         d = q - z
-        if d.shape[-1] != self.width:
-            raise ValueError(
-                f"Mahalanobis: matrix must have shape (D, D) with D = {d.shape[-1]} as in z, "
-                f"got {(self.width, self.width)}"
-            )
+        self.check_width(d.shape[-1])
         k = row_scale(lib, d)
         y = d * k
         m_y = lib.matmul(y, self._symmetric(lib, d))

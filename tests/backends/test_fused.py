@@ -212,7 +212,7 @@ COMPILED = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from diveq_core.arrays import search
-    from diveq_torch import fused
+    from diveq_torch import fused, kernels
 
     def instructions(kernel, pointers, **constants):
         types = {name: pointers.get(name, "*fp32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
@@ -229,9 +229,9 @@ COMPILED = """
         tile = {name: settings[name] for name in ("ROWS", "COLUMNS", "DEPTH", "PADDED")}
         for narrow in (True, False):
             chosen = dict(NARROW=narrow, EITHER=True, ERROR=1e-6, INTERPRETED=False)
-            instructions(fused._kernel, numbers | parts, **tile, **chosen)
+            instructions(kernels.nearest_by_parts, numbers | parts, **tile, **chosen)
         exact = dict(WIDTH=width, ROWS=64, COLUMNS=64, DEPTH=32, LIMIT=limit)
-        instructions(fused._exact_kernel, numbers | dict(canonical="*i64", z="*bf16"), **exact)
+        instructions(kernels.nearest_again, numbers | dict(canonical="*i64", z="*bf16"), **exact)
 """
 
 

@@ -255,6 +255,14 @@ def test_a_matrix_of_another_size_is_refused_at_the_first_call() -> None:
             dq.quantize(np.ones((3, 2)), words, whole)
 
 
+def test_a_radius_may_have_a_width_of_its_own() -> None:
+    class Wide(dq.PseudoHuber):
+        width = 0.5
+
+    z, codebook = np.ones((3, 2)), np.zeros((4, 2))
+    np.testing.assert_array_equal(dq.quantize(z, codebook, dq.Radial(Wide())).z_q, 0)
+
+
 def test_what_is_no_function_and_what_gives_no_arrays() -> None:
     with pytest.raises(TypeError, match=r"^CustomRadius: log_r_gradients must be callable .*, got builtins\.dict$"):
         dq.CustomRadius(abs, {})

@@ -60,8 +60,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("codewords", "dim", "patch", "width", "steps", "batch", "seeds", "replace_every"):
             check_integer(CompareError, name, getattr(self, name), 1)
-        for name in ("warmup", "seed"):
-            check_integer(CompareError, name, getattr(self, name), 0)
+        check_integer(CompareError, "warmup", self.warmup, 0)
+        check_integer(CompareError, "seed", self.seed, 0, below=None)
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise CompareError(f"--learning-rate must be a finite number > 0, got {self.learning_rate}")
         object.__setattr__(self, "estimators", chosen_estimators(self.estimators))
