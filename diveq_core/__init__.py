@@ -1,5 +1,6 @@
 """Differentiable vector quantization for every array library."""
 
+from diveq_core import layers
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.registry import register
 from diveq_core.codebook.averages import EMAState, ema_init, ema_update
@@ -80,6 +81,7 @@ __all__ = [
     "jvp",
     "kmeans",
     "kmeans_plus_plus",
+    "layers",
     "linear_codebook",
     "linear_codebook_init",
     "linear_codebook_jvp",

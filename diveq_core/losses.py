@@ -215,8 +215,7 @@ class _Loss:
         rows = math.prod(z.shape[:-1])
         if mask is not None:
             backend_of(function, z=z, mask=mask)
-            # MLX has the name with an underscore only.
-            if mask.dtype != (lib.xp.bool if hasattr(lib.xp, "bool") else lib.xp.bool_):
+            if mask.dtype != lib.bool_dtype:
                 raise TypeError(f"{function}: mask must have dtype bool, got {mask.dtype}")
             check_shape(function, "mask", mask, tuple(z.shape[:-1]), "z without its last axis")
             mask = lib.xp.reshape(mask, (rows, 1))

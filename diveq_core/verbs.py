@@ -84,7 +84,7 @@ def quantize(
     >>> np.moveaxis(out.z_q, -1, 1).shape, out.indices.shape
     ((2, 3, 8, 8), (2, 8, 8))
     """
-    _, call = _call("quantize", z, codebook, estimator, noise, rng, indices, check_finite)
+    _, call = checked_call("quantize", z, codebook, estimator, noise, rng, indices, check_finite)
     return call.quantize()
 
 
@@ -139,7 +139,7 @@ def vjp(
     array([[1., 0.],
            [0., 0.]])
     """
-    lib, call = _call("vjp", z, codebook, estimator, noise, rng, indices, check_finite)
+    lib, call = checked_call("vjp", z, codebook, estimator, noise, rng, indices, check_finite)
     out, pull = call.vjp()
 
     def pullback(g: Array, /) -> tuple[Array, Any]:
@@ -201,7 +201,7 @@ def jvp(
     >>> tangent
     array([[0., 1.]])
     """
-    lib, call = _call("jvp", z, codebook, estimator, noise, rng, indices, check_finite)
+    lib, call = checked_call("jvp", z, codebook, estimator, noise, rng, indices, check_finite)
     check_like(lib, "jvp", "dz", dz, z, "z")
     if codebook is not None:
         check_like(lib, "jvp", "dcodebook", dcodebook, codebook, "codebook")
@@ -210,7 +210,7 @@ def jvp(
     return call.jvp(dz, dcodebook)
 
 
-def _call(
+def checked_call(
     function: str,
     z: Array,
     codebook: Array | None,

@@ -9,6 +9,7 @@ import cupy
 import cupyx
 
 from diveq_core.arrays.backend import Backend
+from diveq_cupy.layers import VectorQuantizer
 from diveq_cupy.search import nearest_rows
 
 
@@ -24,6 +25,9 @@ class CuPyBackend(Backend):
 
     def owns(self, x: object) -> bool:
         return isinstance(x, cupy.ndarray)
+
+    def to_numpy(self, x: Any) -> Any:
+        return cupy.asnumpy(x)
 
     def place(self, x: Any) -> dict[str, Any]:
         return {}
@@ -52,3 +56,5 @@ class CuPyBackend(Backend):
 
 
 backend = CuPyBackend()
+
+__all__ = ["CuPyBackend", "VectorQuantizer", "backend"]

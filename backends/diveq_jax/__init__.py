@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import describe, safe_log
@@ -46,6 +47,9 @@ class JaxBackend(Backend):
 
     def is_concrete(self, x: jax.Array) -> bool:
         return not isinstance(x, jax.core.Tracer)
+
+    def to_numpy(self, x: jax.Array) -> Any:
+        return np.asarray(x.astype("float32") if x.dtype == jnp.bfloat16 else x)
 
     def copy(self, x: jax.Array) -> jax.Array:
         # Also of what cannot change: a buffer can be donated.

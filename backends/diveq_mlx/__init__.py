@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import describe, safe_log
@@ -39,6 +40,9 @@ class MlxBackend(Backend):
                 raise
             return False
         return True
+
+    def to_numpy(self, x: mx.array) -> Any:
+        return np.array(x.astype(mx.float32) if x.dtype == mx.bfloat16 else x)
 
     def stop_gradient(self, x: mx.array) -> mx.array:
         return mx.stop_gradient(x)

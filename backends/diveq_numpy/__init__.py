@@ -8,6 +8,7 @@ import numpy as np
 
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range
+from diveq_numpy.layers import VectorQuantizer
 from diveq_numpy.search import nearest_rows
 
 if TYPE_CHECKING:
@@ -134,3 +135,5 @@ class NumPyBackend(Backend):
 
 
 backend = NumPyBackend()
+
+__all__ = ["NumPyBackend", "VectorQuantizer", "backend"]

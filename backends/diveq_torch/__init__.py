@@ -13,6 +13,7 @@ from torch._C import _functorch
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, row_scale, safe_log
 from diveq_torch.bind import quantize
+from diveq_torch.layers import VectorQuantizer
 from diveq_torch.search import nearest_plain, nearest_rows
 
 if TYPE_CHECKING:
@@ -81,6 +82,13 @@ class TorchBackend(Backend):
 
     def is_concrete(self, x: torch.Tensor) -> bool:
         return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+    def reads_free(self, x: torch.Tensor) -> bool:
+        return _is_plain(x)
+
+    def to_numpy(self, x: torch.Tensor) -> Any:
+        x = x.detach().cpu()
+        return (x.float() if x.dtype == torch.bfloat16 else x).numpy(force=True)
 
     def any_negative(self, x: torch.Tensor) -> bool:
         return x.numel() > 0 and x.min().item() < 0
@@ -201,3 +209,5 @@ class TorchBackend(Backend):
 
 
 backend = TorchBackend()
+
+__all__ = ["TorchBackend", "VectorQuantizer", "backend"]

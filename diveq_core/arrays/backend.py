@@ -61,6 +61,12 @@ class Backend:
 
     # Values and dtypes
 
+    @property
+    def bool_dtype(self) -> Any:
+        """The dtype of truth values."""
+        # MLX has the name with an underscore only.
+        return self.xp.bool if hasattr(self.xp, "bool") else self.xp.bool_
+
     def is_floating(self, x: Array) -> bool:
         """Whether the dtype is real floating point, the 16-bit ones included."""
         if hasattr(self.xp, "isdtype"):
@@ -87,6 +93,14 @@ class Backend:
     def is_concrete(self, x: Array) -> bool:
         """Whether ``x`` has values now, that is, is not being traced."""
         return True
+
+    def reads_free(self, x: Array) -> bool:
+        """Whether a value is there to be read, without waiting for a device."""
+        return self.checks_finite
+
+    def to_numpy(self, x: Array) -> Any:
+        """``x`` as an array of NumPy, in a dtype that NumPy has."""
+        return x.__array__()
 
     def all_finite(self, x: Array) -> bool:
         """Whether no entry is NaN or infinite."""

@@ -133,8 +133,9 @@ def quiet(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _of_any(args: tuple[object, ...]) -> Backend | None:
-    """The backend of the first array among them, also in a pair of arrays."""
+    """The backend of the first array among them, also in a tuple or dictionary of arrays."""
     for x in args:
+        x = tuple(x.values()) if isinstance(x, dict) else x
         lib = _of_any(x) if isinstance(x, tuple) else _registered(x)
         if lib is not None:
             return lib

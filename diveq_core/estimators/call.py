@@ -38,6 +38,9 @@ class Call(Protocol):
     def jvp(self, dz: Array, dcodebook: Any) -> tuple[Quantized, Array]:
         """The output, and its tangent."""
 
+    def seen(self) -> list[Array]:
+        """What each part quantized, once the call has been made: rows (N, D), groups before their stages."""
+
 
 class OneCall(NamedTuple):
     """A call of one rule."""
@@ -88,6 +91,9 @@ class OneCall(NamedTuple):
         if tangent is rows:
             tangent = lib.copy(tangent)
         return out, lib.xp.reshape(tangent, tuple(out.z_q.shape))
+
+    def seen(self) -> list[Array]:
+        return [self.z]
 
     def _shaped(self, z_q: Array) -> Quantized:
         if len(self.batch) == 1:

@@ -141,6 +141,9 @@ class _Groups(NamedTuple):
         done = [call.jvp(of.group(dz, part), of.words(dcodebook, part)) for part, call in enumerate(self.calls)]
         return self._joined([out for out, _ in done]), self.lib.xp.concat([moved for _, moved in done], axis=-1)
 
+    def seen(self) -> list[Array]:
+        return [rows for call in self.calls for rows in call.seen()]
+
     def _joined(self, outs: list[Quantized]) -> Quantized:
         z_q = self.lib.xp.concat([out.z_q for out in outs], axis=-1)
         return Quantized(z_q, self.lib.xp.stack([out.indices for out in outs], axis=self.axis))

@@ -99,7 +99,7 @@ class Residual(Composite):
         dtype = lib.compute_dtype(out)
         words = None if codebook is None else lib.astype(codebook, dtype)
         parts = list(self.split(function, lib, z, words, noise, rng, indices))
-        return _Stages(self, lib, function, lib.astype(z, dtype), words, parts, (z.dtype, codebook, out))
+        return _Stages(self, lib, function, lib.astype(z, dtype), words, parts, (z.dtype, codebook, out), [])
 
     def decode(self, lib: Backend, indices: Array, codebook: Any, dtype: Any) -> Array:
         wide = lib.compute_dtype(dtype)
@@ -137,6 +137,9 @@ class _Stages(NamedTuple):
     parts: list[Part]
     given: tuple[Any, Any, Any]
     """The dtype of z as it was given, the codebook likewise, and the dtype of the output."""
+
+    made: list[Call]
+    """The calls of the stages, once they have been made."""
 
     def quantize(self) -> Quantized:
         residual = self.z
@@ -188,6 +191,9 @@ class _Stages(NamedTuple):
         out, _ = self._run(residual, step)
         return out, lib.astype(tangent, self.given[2])
 
+    def seen(self) -> list[Array]:
+        return [rows for call in self.made for rows in call.seen()]
+
     def _entered(self) -> Call:
         assert self.of.entry is not None
         return self.of.entry.call(self.function, self.lib, self.z, None, None, None, None)
@@ -198,8 +204,10 @@ class _Stages(NamedTuple):
         total: Any = None
         others: list[Any] = []
         found: list[Any] = []
+        self.made.clear()
         for part in self.parts:
             stage = _Stage.of(self, part, residual)
+            self.made.append(stage.call)
             (z_q, indices), other = step(stage)
             z_q = stage.kept(z_q)
             others.append((stage, other))

@@ -14,7 +14,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diveq_core.commands.cli import app
-from diveq_core.commands.compare.adam import Moments, no_moments
 from diveq_core.commands.compare.images import load_images
 from diveq_core.commands.compare.libraries import load_library
 from diveq_core.commands.compare.patches import Patches
@@ -25,6 +24,7 @@ from diveq_core.commands.compare.scalar import chosen_levels
 from diveq_core.commands.compare.settings import CompareError, Settings
 from diveq_core.commands.compare.training import Experiment, training_step
 from diveq_core.commands.terminal import check_output
+from diveq_core.layers.adam import Moments, no_moments
 from libraries import library_named
 
 SMALL = ["--steps", "6", "--warmup", "3", "--batch", "16", "--codewords", "8", "--dim", "3", "--seeds", "2"]

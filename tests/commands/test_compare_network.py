@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
-from diveq_core.commands.compare.adam import adam, no_moments
 from diveq_core.commands.compare.autoencoder import initial_parameters, loss_and_gradients, reconstruct
 from diveq_core.commands.compare.layers import affine, perceptron, relu
 from diveq_core.commands.compare.losses import codebook_loss, commitment_loss, squared_error
 from diveq_core.commands.compare.recipes import DEFAULT, RECIPES
+from diveq_core.layers.adam import adam, no_moments
 from diveq_core.tokens import lookup, nearest
 
 N, P, WIDTH, D, K = 12, 6, 5, 3, 4

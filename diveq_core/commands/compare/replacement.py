@@ -10,8 +10,8 @@ from diveq_core.codebook.replacement import replace_unused
 
 if TYPE_CHECKING:
     from diveq_core.arrays.rows import Array
-    from diveq_core.commands.compare.adam import Moments
     from diveq_core.commands.compare.quantizers import Arrays, Quantizer
+    from diveq_core.layers.adam import Moments
 
 THRESHOLD = 0.01
 """Share of the mean use up to which a codeword counts as unused."""

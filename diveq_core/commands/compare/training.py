@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from diveq_core.commands.compare.adam import Moments, adam, no_moments
 from diveq_core.commands.compare.autoencoder import initial_parameters, loss_and_gradients
 from diveq_core.commands.compare.evaluation import Scores, curve_error, evaluate
 from diveq_core.commands.compare.layers import perceptron
 from diveq_core.commands.compare.recipes import RECIPES, Recipe
 from diveq_core.commands.compare.replacement import noise_shape, replace
+from diveq_core.layers.adam import Moments, adam, no_moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable

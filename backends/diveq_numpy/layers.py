@@ -1,0 +1,54 @@
+"""The layers for NumPy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diveq_core.layers.explicit import DEFAULT, ExplicitLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class VectorQuantizer(ExplicitLayer):
+    """`diveq_core.layers.explicit.ExplicitLayer` for NumPy.
+
+    Parameters
+    ----------
+    dim, codebook_size, estimator, **options
+        As in `diveq_core.layers.Settings`.
+    dtype : dtype
+        Of the state, float32 or wider.
+    rng : numpy.random.Generator, optional
+    all_reduce : callable, optional
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from diveq_numpy import VectorQuantizer
+    >>> rng = np.random.default_rng(0)
+    >>> vq = VectorQuantizer(8, 32, rng=rng)
+    >>> z = rng.standard_normal((64, 8), dtype=np.float32)
+    >>> out = vq.forward(z)
+    >>> g_z = vq.backward(2 * (out.z_q - z) / z.size)
+    >>> vq.step(1e-3)
+    >>> vq.update()
+    >>> tokens = vq.encode(z)
+    >>> bool((vq.decode(tokens) == vq.forward(z, train=False).z_q).all())
+    True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int | None,
+        estimator: Any = DEFAULT,
+        *,
+        dtype: Any = np.float32,
+        rng: Any = None,
+        all_reduce: Callable[[np.ndarray], np.ndarray] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(np.zeros((), dtype), dim, codebook_size, estimator, rng, all_reduce, options)

@@ -1,0 +1,137 @@
+"""A layer for libraries without automatic differentiation: forward, backward, update, and a step of Adam."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diveq_core.arrays.registry import backend_of
+from diveq_core.estimators.distance import DiVeQ
+from diveq_core.layers import step, upkeep
+from diveq_core.layers.adam import adam, no_moments
+from diveq_core.layers.layer import Layer, Quantization
+from diveq_core.layers.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core.arrays.rows import Array
+    from diveq_core.estimators.base import Quantizer
+    from diveq_core.layers.words import State
+
+
+class ExplicitLayer(Layer):
+    r"""A vector quantizer whose gradients are called by hand.
+
+    .. math:: z_q = \text{quantizer}(z, E)
+
+    Parameters
+    ----------
+    like : array
+        Of the library, dtype and device that the state is to have.
+    dim, codebook_size, estimator, **options
+        As in `diveq_core.layers.Settings`.
+    rng : optional
+        The library's own generator, from which everything is drawn; by default its default stream.
+    all_reduce : callable, optional
+        Sum over ranks, as `diveq_core.ema_update` takes it.
+
+    Examples
+    --------
+    A step of training: ``out = vq.forward(z)``, ``g_z = vq.backward(g_z_q)``, ``vq.step(1e-3)``, ``vq.update()``.
+    """
+
+    def __init__(
+        self,
+        like: Array,
+        dim: int,
+        codebook_size: int | None,
+        estimator: Quantizer,
+        rng: Any,
+        all_reduce: Callable[[Array], Array] | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.settings = Settings(dim, codebook_size, estimator, **options)
+        self.rng, self.all_reduce = rng, all_reduce
+        self.state = upkeep.init(self.settings, like, rng=rng)
+        self.gradients: State = {}
+        """Those of the last `backward`, by name."""
+        self._lib = backend_of("VectorQuantizer", like=like)
+        self._pullback: Any = None
+        self._pending: Any = None
+        self._moments: Any = None
+
+    def held(self) -> State:
+        return self.state
+
+    def hold(self, state: State) -> None:
+        self.state = self.state | state
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings.given().items())})"
+        )
+
+    def forward(self, z: Array, mask: Array | None = None, *, train: bool = True, noise: Any = None) -> Quantization:
+        """Quantize; in training also keep what `backward` and `update` need.
+
+        Parameters
+        ----------
+        z, mask, train, noise
+            As in `diveq_core.layers.forward`.
+
+        Returns
+        -------
+        Quantization
+        """
+        if not train:
+            return Quantization.of(step.forward(self.settings, self.state, z, train=False, mask=mask))
+        if self.settings.from_data and not bool(self.state["started"]):
+            self.start(z, mask)
+        out, self._pullback = step.forward_vjp(self.settings, self.state, z, mask=mask, noise=noise, rng=self.rng)
+        self._pending = out.statistics
+        return Quantization.of(out)
+
+    __call__ = forward
+
+    def start(self, z: Array, mask: Array | None = None) -> None:
+        """Begin the codebook with vectors of a batch, as the first `forward` in training does."""
+        self.state = upkeep.start(self.settings, self.state, z, mask=mask, rng=self.rng, all_reduce=self.all_reduce)
+
+    def backward(self, g_z_q: Array, g_loss: Any = 1.0) -> Array:
+        """The cotangent of ``z`` from those of ``z_q`` and ``loss``; `gradients` then has those of the parameters.
+
+        Raises
+        ------
+        RuntimeError
+            If `forward` was not called in training before.
+        """
+        if self._pullback is None:
+            raise RuntimeError("backward: expected a forward in training before, got none")
+        g_z, self.gradients = self._pullback(g_z_q, g_loss)
+        return g_z
+
+    def step(self, rate: float) -> None:
+        """One step of Adam with the gradients of the last `backward`; those that are not finite change nothing."""
+        names = self.settings.parameters
+        if not names:
+            return
+        if not self.gradients:
+            raise RuntimeError("step: expected a backward before, got none")
+        lib, parameters = self._lib, {name: self.state[name] for name in names}
+        if not all(lib.all_finite(g) for g in self.gradients.values()):
+            return
+        moments = no_moments(parameters) if self._moments is None else self._moments
+        new, self._moments = adam(parameters, self.gradients, moments, rate)
+        self.state = self.state | new
+
+    def update(self) -> None:
+        """Moving averages, counts and replacement, by the statistics of the last `forward` in training."""
+        if self._pending is not None:
+            self.state = upkeep.update(
+                self.settings, self.state, self._pending, rng=self.rng, all_reduce=self.all_reduce
+            )
+            self._pending = None
+
+
+DEFAULT = DiVeQ()
+"""The estimator of a layer that is given none."""

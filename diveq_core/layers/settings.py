@@ -1,0 +1,335 @@
+"""What a layer is, as a value: its sizes and options, and what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from diveq_core.arrays.checks import checked_count, checked_number
+from diveq_core.arrays.rows import describe
+from diveq_core.estimators.base import Single, check_estimator
+from diveq_core.estimators.distance import DiVeQ
+from diveq_core.estimators.product import Product
+from diveq_core.estimators.residual import Residual
+from diveq_core.estimators.straight_through import STE
+
+if TYPE_CHECKING:
+    from diveq_core.estimators.base import Quantizer, Shape
+
+UPDATES = ("gradient", "ema", "frozen", "linear")
+STARTS = ("data", "kmeans", "normal")
+FACTORS = ("weight", "embedding", "both")
+NOT_FINITE = ("mark", "skip", "refuse")
+
+
+@dataclass(frozen=True)
+class Settings:
+    r"""All options of a layer; frozen and hashable, so that it may be a static argument of a compiled function.
+
+    .. math:: z_q = \operatorname{out}\big(\text{quantizer}(\operatorname{in}(z), E)\big), \qquad
+              \text{loss} = \beta\,L_{\text{codebook}} + \gamma\,L_{\text{commitment}}
+
+    Parameters
+    ----------
+    dim : int
+        Entries of a vector, D.
+    codebook_size : int or None
+        Codewords K; None for `FSQ`, which has none.
+    estimator : Estimator
+        What gives the gradient in training. Evaluation gives the codeword itself, or the nearest point of the curve.
+    codebook_update : {"gradient", "ema", "frozen", "linear"}
+        Whether the codebook is trained by the model's gradient, follows its vectors by moving averages
+        (`ema_update`), keeps its first value, or is a product E W (`linear_codebook`).
+    ema_decay : float
+        The decay of the moving averages, in [0, 1).
+    codebook_weight, commitment_weight : float, optional
+        The weights :math:`\beta` and :math:`\gamma` of `codebook_loss` and `commitment_loss`. By default 0, but where
+        the estimator gives the codebook no gradient: 0.25 for the commitment loss, and, if the codebook is trained by
+        gradients, 1 for the codebook loss (van den Oord et al., arXiv:1711.00937, equation 3 and section 3.2).
+    init : {"data", "kmeans", "normal"}
+        The first codebook: vectors of the first batch in training, what `kmeans` makes of those in ten iterations, or
+        normal numbers of standard deviation :math:`1/\sqrt D`, which all begin with until the first batch.
+    replace_every : int
+        After so many training steps `replace_unused` looks for codewords to replace; 0 for never. It waits until the
+        codewords were chosen ten times each on average, before which one may be unused by chance.
+    replace_threshold : float
+        Share of the mean use up to which a codeword is unused, in [0, 1).
+    codebook_dim : int, optional
+        Entries of a codeword, where it is to have others than D: vectors pass a trained affine map to them and
+        another one back. For `FSQ` it is the number of levels, if that is not D.
+    cosine : bool
+        Search by direction: vectors and codewords are normalized first, and z_q consists of unit vectors.
+    heads : int
+        Groups of entries with a token each (`Product`).
+    stages : int
+        Stages, each of which quantizes what those before it left (`Residual`).
+    shared : bool
+        One codebook for all heads, or for all stages where there is one head.
+    quantizer_dropout : bool
+        In training each example, an entry of the first axis, uses a random number of the first stages only.
+        The tokens of the dropped ones are -1.
+    linear_factors : {"weight", "embedding", "both"}
+        Which factor of a linear codebook is trained: W (D, D), E (K, D), or both.
+    channel_axis : int
+        The axis along which the vectors lie: -1 for (..., D), 1 for images (B, D, H, W).
+    not_finite : {"mark", "skip", "refuse"}
+        What becomes of a vector that is not finite: NaN and token -1; zeros, token -1 and no gradient, so that the
+        loss stays finite; or a ValueError, which reads values and so waits for a device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an option is of another type or out of range, or two do not go together.
+
+    Examples
+    --------
+    >>> import diveq_core as dq
+    >>> settings = dq.layers.Settings(dim=8, codebook_size=32, estimator=dq.STE(), codebook_update="ema")
+    >>> settings.weights
+    (0.0, 0.25)
+    >>> settings.parameters, settings.buffers
+    ((), ('averages', 'codewords', 'counts', 'started', 'steps', 'usage'))
+    """
+
+    dim: int
+    codebook_size: int | None = None
+    estimator: Quantizer = DiVeQ()  # noqa: RUF009 - a frozen value
+    codebook_update: str = "gradient"
+    ema_decay: float = 0.99
+    codebook_weight: float | None = None
+    commitment_weight: float | None = None
+    init: str = "data"
+    replace_every: int = 100
+    replace_threshold: float = 0.0
+    codebook_dim: int | None = None
+    cosine: bool = False
+    heads: int = 1
+    stages: int = 1
+    shared: bool = False
+    quantizer_dropout: bool = False
+    linear_factors: str = "weight"
+    channel_axis: int = -1
+    not_finite: str = "mark"
+
+    def __post_init__(self) -> None:
+        name = "VectorQuantizer"
+        for field in ("dim", "heads", "stages"):
+            self._set(field, checked_count(name, field, getattr(self, field)))
+        self._set("replace_every", checked_count(name, "replace_every", self.replace_every, at_least=0))
+        self._set("ema_decay", checked_number(name, "ema_decay", self.ema_decay, 0.0, 1.0))
+        self._set("replace_threshold", checked_number(name, "replace_threshold", self.replace_threshold, 0.0, 1.0))
+        for field in ("codebook_weight", "commitment_weight"):
+            if getattr(self, field) is not None:
+                self._set(field, checked_number(name, field, getattr(self, field), 0.0, float("inf")))
+        for field in ("cosine", "shared", "quantizer_dropout"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"{name}: {field} must be True or False, got {describe(getattr(self, field))}")
+        for field, choices in (
+            ("codebook_update", UPDATES),
+            ("init", STARTS),
+            ("linear_factors", FACTORS),
+            ("not_finite", NOT_FINITE),
+        ):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{name}: {field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
+        if isinstance(self.channel_axis, bool) or not isinstance(self.channel_axis, int):
+            raise TypeError(f"{name}: channel_axis must be an integer, got {describe(self.channel_axis)}")
+        check_estimator(name, self.estimator)
+        if not isinstance(self.estimator, Single):
+            raise TypeError(
+                f"{name}: estimator must be one of a single part, got {describe(self.estimator)}; give heads= and "
+                f"stages= instead"
+            )
+        self._check_sizes(name)
+        self._check_together(name)
+
+    def _set(self, field: str, value: Any) -> None:
+        object.__setattr__(self, field, value)
+
+    def _check_sizes(self, name: str) -> None:
+        if self.has_codebook:
+            if self.codebook_size is None:
+                raise TypeError(f"{name}: codebook_size must be an integer for {describe(self.estimator)}, got None")
+            self._set("codebook_size", checked_count(name, "codebook_size", self.codebook_size, at_least=self.corners))
+        elif self.codebook_size is not None:
+            raise TypeError(
+                f"{name}: codebook_size must be None for {describe(self.estimator)}, which has no codebook, got "
+                f"{self.codebook_size!r}"
+            )
+        if self.codebook_dim is not None:
+            self._set("codebook_dim", checked_count(name, "codebook_dim", self.codebook_dim))
+        self._check_levels(name)
+        if self.width % self.heads:
+            raise ValueError(
+                f"{name}: heads must divide the {self.width} entries that are quantized, got {self.heads} heads"
+            )
+
+    def _check_levels(self, name: str) -> None:
+        levels = getattr(self.estimator, "levels", None)
+        if levels is not None and self.codebook_dim is None and len(levels) * self.heads != self.dim:
+            self._set("codebook_dim", len(levels) * self.heads)
+        if levels is not None and len(levels) * self.heads != self.width:
+            raise ValueError(
+                f"{name}: {describe(self.estimator)} must have a level for each of {self.width // self.heads} entries, "
+                f"got {len(levels)} levels"
+            )
+
+    def _check_together(self, name: str) -> None:
+        def refuse(condition: bool, text: str) -> None:
+            if condition:
+                raise ValueError(f"{name}: {text}")
+
+        trained = self.codebook_update != "gradient"
+        if not self.has_codebook:
+            refuse(trained, f"codebook_update must be gradient without a codebook, got {self.codebook_update}")
+            refuse(self.cosine, "cosine must be False without a codebook, got True")
+            refuse(any(self.weights), "the weights of losses must be 0 without a codebook")
+        if self.on_curve:
+            refuse(self.codebook_update == "ema", "codebook_update cannot be ema on a curve, whose output is between")
+            refuse(any(self.weights), "the weights of losses must be 0 on a curve, whose output is between codewords")
+            refuse(self.stages * self.heads > 1, "heads and stages must be 1 on a curve")
+        if self.takes_logits:
+            refuse(self.stages > 1, "stages must be 1 for GumbelST, whose output is not of the space of its logits")
+            refuse(self.codebook_update == "ema", "codebook_update cannot be ema for GumbelST, which takes logits")
+            refuse(self.cosine, "cosine must be False for GumbelST, which takes logits")
+            refuse(any(self.weights), "the weights of losses must be 0 for GumbelST, which takes logits")
+        refuse(self.quantizer_dropout and self.stages == 1, "quantizer_dropout needs more than one stage")
+        refuse(self.shared and self.heads * self.stages == 1, "shared needs more than one head or stage")
+        refuse(self.codebook_update == "linear" and self.cosine, "cosine must be False for a linear codebook")
+
+    @property
+    def has_codebook(self) -> bool:
+        return self.estimator.codebook_axes > 0
+
+    @property
+    def corners(self) -> int:
+        return self.estimator.corners if isinstance(self.estimator, Single) else 1
+
+    @property
+    def on_curve(self) -> bool:
+        """Whether codewords are corners of a curve, and a token is a segment and a position."""
+        return self.corners > 1
+
+    @property
+    def takes_logits(self) -> bool:
+        """Whether the estimator takes logits in the place of vectors, which an affine map then makes of these."""
+        return not self.estimator.keeps_space
+
+    @property
+    def width(self) -> int:
+        """Entries of what is quantized, of all heads together."""
+        return self.dim if self.codebook_dim is None else self.codebook_dim
+
+    @property
+    def projected(self) -> bool:
+        """Whether affine maps stand before and after."""
+        return self.codebook_dim is not None
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """What quantizes in training: the estimator in its heads and stages."""
+        return self._assembled(self.estimator)
+
+    @property
+    def hard(self) -> Quantizer:
+        """What quantizes in evaluation, where codewords are chosen by distance."""
+        return self._assembled(STE()) if self.has_codebook else self.quantizer
+
+    def _assembled(self, estimator: Quantizer) -> Quantizer:
+        inner = Residual(estimator, self.stages) if self.stages > 1 else estimator
+        return Product(inner, self.heads) if self.heads > 1 else inner
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """The weights of codebook loss and commitment loss."""
+        alone = self.has_codebook and not self.takes_logits and not getattr(self.estimator, "trains_codebook", True)
+        by_gradient = self.codebook_update in ("gradient", "linear")
+        codebook = self.codebook_weight if self.codebook_weight is not None else float(alone and by_gradient)
+        if self.commitment_weight is not None:
+            return codebook, self.commitment_weight
+        return codebook, 0.25 if alone else 0.0
+
+    @property
+    def parts(self) -> list[Shape]:
+        """Of each part the head and the stage, as far as there are several."""
+        heads = range(self.heads) if self.heads > 1 else [None]
+        stages = range(self.stages) if self.stages > 1 else [None]
+        return [tuple(x for x in (head, stage) if x is not None) for head in heads for stage in stages]
+
+    def own(self, part: Shape) -> Shape:
+        """Where the codebook of a part is: its place along the first axes of the codebook."""
+        return part[1:] if self.shared else part
+
+    @property
+    def codebooks(self) -> list[Shape]:
+        """The places of all codebooks."""
+        return list(dict.fromkeys(self.own(part) for part in self.parts))
+
+    @property
+    def codebook_shape(self) -> Shape:
+        """(K, D), with axes for heads and stages before."""
+        assert self.codebook_size is not None
+        axes = [count for count in (self.heads, self.stages) if count > 1]
+        return (*axes[1 if self.shared else 0 :], self.codebook_size, self.width // self.heads)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of each array of the state."""
+        shapes: dict[str, Shape] = {}
+        if self.takes_logits:
+            logits = self.heads * (self.codebook_size or 0)
+            shapes |= {"in_weight": (self.dim, logits), "in_bias": (logits,)}
+        elif self.projected:
+            shapes |= {"in_weight": (self.dim, self.width), "in_bias": (self.width,)}
+        if self.projected:
+            shapes |= {"out_weight": (self.width, self.dim), "out_bias": (self.dim,)}
+        if not self.has_codebook:
+            return dict(sorted(shapes.items()))
+        book = self.codebook_shape
+        if self.codebook_update == "linear":
+            shapes |= {"embedding": book, "weight": (*book[:-2], book[-1], book[-1])}
+        else:
+            shapes["codewords"] = book
+        if self.codebook_update == "ema":
+            shapes |= {"averages": book, "counts": book[:-1]}
+        if self.from_data:
+            shapes["started"] = ()
+        shapes |= {"steps": (), "usage": book[:-1]}
+        return dict(sorted(shapes.items()))
+
+    @property
+    def from_data(self) -> bool:
+        """Whether the first batch in training makes the first codebook."""
+        return self.has_codebook and not self.takes_logits and self.init != "normal"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The arrays of the state that gradients train."""
+        names = {"in_weight", "in_bias", "out_weight", "out_bias"}
+        if self.codebook_update == "gradient":
+            names |= {"codewords"}
+        if self.codebook_update == "linear":
+            names |= {"weight", "embedding"} if self.linear_factors == "both" else {self.linear_factors}
+        return tuple(name for name in self.shapes if name in names)
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """The others."""
+        return tuple(name for name in self.shapes if name not in self.parameters)
+
+    @property
+    def replaces(self) -> bool:
+        """Whether unused codewords are replaced."""
+        return self.has_codebook and self.replace_every > 0 and self.codebook_update != "frozen"
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not the defaults."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name in ("dim", "codebook_size") or getattr(self, field.name) != field.default
+        }
+
+    def text(self) -> str:
+        """These options, as a layer's representation shows them."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.given().items())

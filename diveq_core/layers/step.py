@@ -1,0 +1,160 @@
+r"""One step of a layer: vectors, their tokens, the losses, and the sums that its upkeep needs.
+
+.. math:: x = \operatorname{in}(z), \qquad (x_q, i) = \text{quantizer}(x, E), \qquad z_q = \operatorname{out}(x_q)
+
+A step changes nothing. What moving averages, replacement and counts need of it are sums of the codebook's size, its
+`Statistics`, which `update` takes when the gradient has been computed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from diveq_core.arrays.registry import quiet
+from diveq_core.layers.run import Step, decoded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from diveq_core.arrays.rows import Array
+    from diveq_core.layers.results import Forward
+    from diveq_core.layers.settings import Settings
+    from diveq_core.layers.words import State
+
+
+@quiet
+def forward(
+    settings: Settings,
+    state: State,
+    z: Array,
+    /,
+    *,
+    train: bool,
+    mask: Array | None = None,
+    noise: Any = None,
+    kept_stages: Array | None = None,
+    rng: Any = None,
+) -> Forward:
+    r"""One step of a layer; differentiable in libraries that differentiate.
+
+    Parameters
+    ----------
+    settings : Settings
+    state : dict of array
+        From `init`, `start` or `update`.
+    z : array (..., D)
+        Vectors, along ``settings.channel_axis``, in any real floating dtype.
+    train : bool
+        Whether to quantize by the estimator and to count. Otherwise the output is ``decode(encode(z))``, of zero loss.
+    mask : bool array (...), optional
+        Which vectors there are, without the channel axis. The others give zeros and -1, and count for nothing.
+    noise : optional
+        That of ``settings.quantizer``, as `quantize` takes it; drawn from ``rng`` if there is none.
+    kept_stages : integer array (B,), optional
+        How many stages each example uses, for quantizer dropout; drawn if there is none.
+    rng : optional
+        The library's own generator or key, as in `quantize`.
+
+    Returns
+    -------
+    Forward
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `quantize`; if the state does not fit the settings; with ``not_finite="refuse"`` if ``z`` is not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import diveq_core as dq
+    >>> settings = dq.layers.Settings(2, 4, dq.STE(), init="normal")
+    >>> state = dq.layers.init(settings, np.zeros(1), rng=np.random.default_rng(0))
+    >>> out = dq.layers.forward(settings, state, np.ones((3, 2)), train=True)
+    >>> out.z_q.shape, out.indices.shape, float(out.statistics.batches)
+    ((3, 2), (3,), 1.0)
+    """
+    return Step("forward", settings, state, z, mask).run(train, False, noise, kept_stages, rng)[0]
+
+
+@quiet
+def forward_vjp(
+    settings: Settings,
+    state: State,
+    z: Array,
+    /,
+    *,
+    mask: Array | None = None,
+    noise: Any = None,
+    kept_stages: Array | None = None,
+    rng: Any = None,
+) -> tuple[Forward, Callable[..., tuple[Array, dict[str, Array]]]]:
+    r"""One step in training, and its pullback; works in every library, without automatic differentiation.
+
+    Parameters
+    ----------
+    settings, state, z, mask, noise, kept_stages, rng
+        As in `forward`.
+
+    Returns
+    -------
+    out : Forward
+    pullback : callable
+        ``pullback(g_z_q, g_loss)`` takes the cotangents of ``z_q`` and of ``losses.total``, a number, 1 by default,
+        and gives that of ``z`` and a dictionary of those of ``settings.parameters``. The state may have been
+        overwritten by then; ``z`` must stay as it was.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `forward`; ``pullback`` likewise, for a cotangent of another library, dtype or shape.
+    """
+    return Step("forward_vjp", settings, state, z, mask).run(True, True, noise, kept_stages, rng)
+
+
+@quiet
+def encode(settings: Settings, state: State, z: Array, /, *, mask: Array | None = None) -> Any:
+    """Tokens of vectors: hard and deterministic.
+
+    Parameters
+    ----------
+    settings, state, z, mask
+        As in `forward`.
+
+    Returns
+    -------
+    integer array (...), or Point
+        With an axis for heads and one for stages at the end. -1 for what is masked or not finite.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `forward`.
+    """
+    return Step("encode", settings, state, z, mask).tokens()
+
+
+@quiet
+def decode(settings: Settings, state: State, indices: Any, /, *, dtype: Any = None) -> Array:
+    """Vectors from tokens, along ``settings.channel_axis``: exactly what `forward` gives outside training.
+
+    Parameters
+    ----------
+    settings, state
+        As in `forward`.
+    indices : integer array (...), or Point
+        As `encode` gives them. -1 gives zeros with ``not_finite="skip"``, and NaN otherwise; in a stage after the first
+        it adds nothing.
+    dtype : optional
+        The library's floating dtype of the result, by default that of the state.
+
+    Returns
+    -------
+    array
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `diveq_core.decode`.
+    """
+    return decoded(settings, state, indices, dtype)
