@@ -81,7 +81,9 @@ class TorchBackend(Backend):
         return not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
 
     def is_concrete(self, x: torch.Tensor) -> bool:
-        return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        if torch.compiler.is_compiling() or x.is_meta:
+            return False
+        return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
     def reads_free(self, x: torch.Tensor) -> bool:
         return _is_plain(x)

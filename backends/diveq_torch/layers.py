@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch._C import _functorch
+from torch.utils._pytree import _register_namedtuple
 
 from diveq_core.layers import step, upkeep
 from diveq_core.layers.explicit import DEFAULT
 from diveq_core.layers.layer import Layer, Quantization
-from diveq_core.layers.results import Statistics
+from diveq_core.layers.results import Losses, Point, Statistics, added
 from diveq_core.layers.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core.layers.words import State
+
+
+_numbers = itertools.count()
 
 
 class VectorQuantizer(Layer, nn.Module):
@@ -82,6 +88,8 @@ class VectorQuantizer(Layer, nn.Module):
             else:
                 self.register_buffer(name, x)
         self._pending: Statistics | None = None
+        self._number = next(_numbers)
+        self._seed, self._draws = int(torch.randint(1 << 62, (), generator=generator)), 0
         # What the buffers `started` and `steps` hold, known without reading a device; None for not known.
         self._begun: bool | None = None
         self._count: int | None = None
@@ -113,8 +121,7 @@ class VectorQuantizer(Layer, nn.Module):
         """
         if not self.training:
             return Quantization.of(step.forward(self.settings, self.held(), z, train=False, mask=mask))
-        # A checkpoint computes a step again while its gradient is computed; and what torch.func wraps would leak.
-        counts = not _in_backward() and not _functorch.is_functorch_wrapped_tensor(z)
+        counts = _counts(z)
         if counts:
             if self.auto_update:
                 self.update()
@@ -125,16 +132,13 @@ class VectorQuantizer(Layer, nn.Module):
             state["codewords"] = state["codewords"].clone()
         out = step.forward(self.settings, state, z, train=True, mask=mask, noise=noise)
         if counts:
-            self._pending = _added(self._pending, out.statistics)
+            self._pending = added(self._pending, out.statistics)
         return Quantization.of(out)
 
     @torch.no_grad()
     def start(self, z: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Begin the codebook with vectors of a batch, as the first step in training does."""
-        state = upkeep.start(self.settings, self.held(), z, mask=mask, all_reduce=self._sum())
-        for name in ("codewords", "embedding", "averages", "started"):
-            if name in state:
-                getattr(self, name).copy_(state[name])
+        self.begun(self.held(), z, mask)
         self._begun = None
 
     @torch.no_grad()
@@ -143,29 +147,49 @@ class VectorQuantizer(Layer, nn.Module):
         pending, self._pending = self._pending, None
         if pending is None or not self.settings.has_codebook:
             return
-        state = self.held()
-        new = upkeep.update(self.settings, state, pending, all_reduce=self._sum(), replace=self._due())
-        for name, x in new.items():
-            if x is not state[name]:
-                getattr(self, name).copy_(x)
+        if torch.compiler.is_compiling():
+            self._count = None
+            _update_layer(self._number, list(self.held().values()), list(pending))
+        else:
+            self.updated(self.held(), pending, self._due())
+
+    def updated(self, state: State, pending: Statistics, replace: bool | None) -> None:
+        """Write to a state what `diveq_core.layers.update` makes of it."""
+        rng = None if replace is False else self._rng()
+        options = {"rng": rng, "all_reduce": self._sum(), "replace": replace}
+        _write(state, upkeep.update(self.settings, state, pending, **options))
 
     def _begin(self, z: torch.Tensor, mask: torch.Tensor | None) -> None:
-        if self.settings.from_data and not self._begun:
-            if torch.compiler.is_compiling():
-                self.start(z, mask)
-                self._begun = True
-                return
-            if not bool(self.started):
-                self.start(z, mask)
-            self._begun = bool(self.started)
+        if not self.settings.from_data or self._begun:
+            return
+        if torch.compiler.is_compiling() or z.is_meta:
+            # Values cannot be read, so this batch is taken for one that has vectors.
+            if not z.is_meta:
+                _start_layer(self._number, list(self.held().values()), z.detach(), mask)
+            self._begun = True
+            return
+        if not bool(self.started):
+            self.start(z, mask)
+        self._begun = bool(self.started)
+
+    def begun(self, state: State, z: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Write to a state what `diveq_core.layers.start` makes of it."""
+        options = {"mask": mask, "rng": self._rng(), "all_reduce": self._sum()}
+        _write(state, upkeep.start(self.settings, state, z, **options))
 
     def _due(self) -> bool | None:
         """Whether the step to come is one after which unused codewords are replaced; None where only a device knows."""
-        if not self.settings.replaces or torch.compiler.is_compiling():
-            self._count = None
+        if not self.settings.replaces or self.steps.is_meta:
             return None
         self._count = (int(self.steps) if self._count is None else self._count) + 1
         return self._count % self.settings.replace_every == 0
+
+    def _rng(self) -> torch.Generator | None:
+        """A stream for what is drawn between steps: a checkpoint draws a step's noise again, but none of this."""
+        if self.steps.is_meta:
+            return None
+        self._draws += 1
+        return torch.Generator(self.steps.device).manual_seed(self._seed + self._draws)
 
     def _sum(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Sum over ranks; None where there are none."""
@@ -181,6 +205,15 @@ class VectorQuantizer(Layer, nn.Module):
 
         return add
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_number":
+            _layers[value] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = next(_numbers)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self._pending is not None:
@@ -188,17 +221,47 @@ class VectorQuantizer(Layer, nn.Module):
         return self
 
 
+# torch.export asks for a name to write each of them by.
+for _result in (Quantization, Losses, Point):
+    _register_namedtuple(_result, serialized_type_name=f"diveq_core.layers.{_result.__name__}")
+
+
 def _forget(module: Any, *_: Any) -> None:
     """Read `started` and `steps` again, when they are next needed."""
     module._begun = module._count = None
 
 
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+# The layers by a number that an operator can be given.
+_layers: weakref.WeakValueDictionary[int, VectorQuantizer] = weakref.WeakValueDictionary()
 
 
-def _added(before: Statistics | None, statistics: Statistics | None) -> Statistics | None:
-    if before is None or statistics is None:
-        return statistics
-    pairs = zip(before, statistics, strict=True)
-    return Statistics(*(None if x is None else x + y for x, y in pairs))
+# What a step does to the state before it quantizes is one operator to torch.compile: its many small operations, most of
+# them for the seldom case of a start or a replacement, would take minutes to compile, and a branch on values is free.
+@torch.library.custom_op("diveq_core::update_layer", mutates_args=("state",))
+def _update_layer(number: int, state: list[torch.Tensor], pending: list[torch.Tensor | None]) -> None:
+    # A checkpoint that computes a compiled step again runs this again.
+    if torch._C._current_graph_task_id() == -1:
+        layer = _layers[number]
+        layer.updated(dict(zip(layer.settings.shapes, state, strict=True)), Statistics(*pending), None)
+
+
+@torch.library.custom_op("diveq_core::start_layer", mutates_args=("state",))
+def _start_layer(number: int, state: list[torch.Tensor], z: torch.Tensor, mask: torch.Tensor | None) -> None:
+    layer = _layers[number]
+    given = dict(zip(layer.settings.shapes, state, strict=True))
+    if not bool(given["started"]):
+        layer.begun(given, z, mask)
+
+
+def _write(state: State, new: State) -> None:
+    """Overwrite those arrays that are new."""
+    for name, x in new.items():
+        if x is not state[name]:
+            state[name].copy_(x)
+
+
+def _counts(z: torch.Tensor) -> bool:
+    """Whether a step counts: not where a checkpoint computes it again, nor where what torch.func wraps would leak."""
+    if torch.compiler.is_compiling():
+        return not torch._C._are_functorch_transforms_active()
+    return torch._C._current_graph_task_id() == -1 and not _functorch.is_functorch_wrapped_tensor(z)

@@ -6,7 +6,7 @@ in ``backends/`` hold the arrays where their framework holds state, and call the
 
 from diveq_core.layers.adam import Moments, adam, no_moments
 from diveq_core.layers.layer import Layer, Quantization
-from diveq_core.layers.results import Forward, Losses, Point, Statistics
+from diveq_core.layers.results import Forward, Losses, Point, Statistics, added
 from diveq_core.layers.settings import Settings
 from diveq_core.layers.step import decode, encode, forward, forward_vjp
 from diveq_core.layers.upkeep import init, noise_size, start, update
@@ -21,6 +21,7 @@ __all__ = [
     "Settings",
     "Statistics",
     "adam",
+    "added",
     "decode",
     "encode",
     "forward",

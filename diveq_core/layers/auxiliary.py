@@ -87,9 +87,10 @@ def statistics(
 ) -> Statistics:
     """The sums of one step."""
     if not settings.has_codebook:
-        return Statistics(zero + 1, None, None)
+        return Statistics(zero + 1, None, None, None)
     counts: dict[Shape, Any] = {}
     sums: dict[Shape, Any] = {}
+    samples: dict[Shape, Any] = {}
     for part, rows in zip(settings.parts, seen, strict=True):
         own, tokens = settings.own(part), lib.stop_gradient(_of_part(lib, indices, part))
         counted = usage(tokens, settings.codebook_shape[-2] + 1 - settings.corners)
@@ -101,7 +102,10 @@ def statistics(
         if settings.codebook_update == "ema":
             total = _differences(lib, lib.stop_gradient(rows), at(state["averages"], own), tokens)
             sums[own] = total + sums[own] if own in sums else total
-    return Statistics(zero + 1, joined(lib, settings, counts), joined(lib, settings, sums) if sums else None)
+        if settings.samples and own not in samples:
+            samples[own] = _sample(lib, lib.stop_gradient(rows), tokens, settings.codebook_shape[-2])
+    pieces = (joined(lib, settings, x) if x else None for x in (counts, sums, samples))
+    return Statistics(zero + 1, *pieces)
 
 
 def of_head(settings: Settings, x: Array, head: int) -> Array:
@@ -119,4 +123,18 @@ def _of_part(lib: Backend, indices: Array, part: Shape) -> Array:
 def _differences(lib: Backend, rows: Array, averages: Array, tokens: Array) -> Array:
     """Sum of the differences of vectors to the average of their codeword, (K, D)."""
     means = lib.astype(averages, rows.dtype)
-    return lib.segment_sum(rows - lib.take_rows(means, tokens), tokens, means.shape[0])
+    d = rows - lib.take_rows(means, tokens)
+    # A library may add up by products, in which NaN would reach the sums of others.
+    d = lib.xp.where(lib.xp.expand_dims(tokens < 0, axis=1), lib.xp.zeros_like(d), d)
+    return lib.segment_sum(d, tokens, means.shape[0])
+
+
+def _sample(lib: Backend, rows: Array, tokens: Array, count: int) -> Array:
+    """One of each of ``count`` equal parts of the vectors, (count, D); NaN where it does not take part."""
+    if rows.shape[0] == 0:
+        nothing = lib.xp.ones((count, rows.shape[1]), dtype=rows.dtype, **lib.place(rows))
+        return lib.nan_where(nothing > 0, nothing)
+    number = lib.as_indices(lib.xp.arange(count, **lib.place(rows)))
+    chosen = number * rows.shape[0] // count
+    lost = lib.xp.take(tokens, chosen, axis=0) < 0
+    return lib.take_rows(rows, lib.xp.where(lost, -lib.xp.ones_like(chosen), chosen))

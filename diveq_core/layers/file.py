@@ -47,8 +47,8 @@ def from_text(text: str) -> Settings:
 
 def write(path: Any, settings: Settings, arrays: dict[str, Any]) -> None:
     """Write arrays of NumPy and settings to a file, which is whole or, if anything fails, as it was."""
-    metadata = {"format": _FORMAT, "settings": to_text(settings)}
-    data = _safetensors("save").save(arrays, metadata)
+    # One entry, since several come in any order, and the same layer is to give the same bytes.
+    data = _safetensors("save").save(arrays, {_FORMAT: to_text(settings)})
     folder = os.path.dirname(os.path.abspath(os.fspath(path)))
     handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".partial")
     try:
@@ -76,12 +76,12 @@ def read(path: Any) -> tuple[Settings, dict[str, Any]]:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
     except SafetensorError as error:
         raise ValueError(f"load: {name} must be a safetensors file of a layer, got {error}") from error
-    if metadata.get("format") != _FORMAT:
+    if _FORMAT not in metadata:
         raise ValueError(
-            f"load: {name} must be a file that a layer's save wrote, of format {_FORMAT}, got "
-            f"{metadata.get('format', 'a file without a format')}"
+            f"load: {name} must be a file that a layer's save wrote, with {_FORMAT} in its header, got "
+            f"{', '.join(metadata) or 'a header without it'}"
         )
-    settings = from_text(metadata["settings"])
+    settings = from_text(metadata[_FORMAT])
     if {key: tuple(x.shape) for key, x in arrays.items()} != settings.shapes:
         raise ValueError(f"load: {name} must hold the arrays {settings.shapes}, got other ones")
     return settings, arrays

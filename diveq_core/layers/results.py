@@ -22,7 +22,7 @@ class Losses(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What `update` needs of a step; those of several steps or ranks may be added up."""
+    """What `update` needs of a step; `added` makes one of those of several."""
 
     batches: Array
     """Number of steps, ()."""
@@ -32,6 +32,17 @@ class Statistics(NamedTuple):
 
     sums: Array | None
     """Sum of the differences of these vectors to their codeword, in the codebook's shape; of moving averages only."""
+
+    sample: Array | None
+    """A vector of the step for each codeword, that might replace it, in the codebook's shape; NaN for none."""
+
+
+def added(before: Statistics | None, now: Statistics) -> Statistics:
+    """Statistics of several steps: their sums, and the last sample."""
+    if before is None:
+        return now
+    batches, counts, sums = (None if x is None else x + y for x, y in zip(before[:-1], now[:-1], strict=True))
+    return Statistics(batches, counts, sums, now.sample)
 
 
 class Forward(NamedTuple):

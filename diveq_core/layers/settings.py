@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 UPDATES = ("gradient", "ema", "frozen", "linear")
 STARTS = ("data", "kmeans", "normal")
 FACTORS = ("weight", "embedding", "both")
+SOURCES = ("vectors", "codewords")
 NOT_FINITE = ("mark", "skip", "refuse")
 
 
@@ -54,6 +55,9 @@ class Settings:
         codewords were chosen ten times each on average, before which one may be unused by chance.
     replace_threshold : float
         Share of the mean use up to which a codeword is unused, in [0, 1).
+    replace_by : {"vectors", "codewords"}, optional
+        What replaces them: vectors of the last step, or used codewords. By default vectors where these may stand for
+        codewords, which they may not on a curve, for `GumbelST` and in a linear codebook.
     codebook_dim : int, optional
         Entries of a codeword, where it is to have others than D: vectors pass a trained affine map to them and
         another one back. For `FSQ` it is the number of levels, if that is not D.
@@ -101,6 +105,7 @@ class Settings:
     init: str = "data"
     replace_every: int = 100
     replace_threshold: float = 0.0
+    replace_by: str | None = None
     codebook_dim: int | None = None
     cosine: bool = False
     heads: int = 1
@@ -132,6 +137,8 @@ class Settings:
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{name}: {field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
+        if self.replace_by is not None and self.replace_by not in SOURCES:
+            raise ValueError(f"{name}: replace_by must be one of {', '.join(SOURCES)}, got {self.replace_by!r}")
         if isinstance(self.channel_axis, bool) or not isinstance(self.channel_axis, int):
             raise TypeError(f"{name}: channel_axis must be an integer, got {describe(self.channel_axis)}")
         check_estimator(name, self.estimator)
@@ -193,6 +200,10 @@ class Settings:
             refuse(self.codebook_update == "ema", "codebook_update cannot be ema for GumbelST, which takes logits")
             refuse(self.cosine, "cosine must be False for GumbelST, which takes logits")
             refuse(any(self.weights), "the weights of losses must be 0 for GumbelST, which takes logits")
+        refuse(
+            self.replace_by == "vectors" and not self._exchangeable,
+            "replace_by must be codewords on a curve, for GumbelST and in a linear codebook",
+        )
         refuse(self.quantizer_dropout and self.stages == 1, "quantizer_dropout needs more than one stage")
         refuse(self.shared and self.heads * self.stages == 1, "shared needs more than one head or stage")
         refuse(self.codebook_update == "linear" and self.cosine, "cosine must be False for a linear codebook")
@@ -321,6 +332,16 @@ class Settings:
     def replaces(self) -> bool:
         """Whether unused codewords are replaced."""
         return self.has_codebook and self.replace_every > 0 and self.codebook_update != "frozen"
+
+    @property
+    def _exchangeable(self) -> bool:
+        """Whether a vector may stand for a codeword."""
+        return not (self.on_curve or self.takes_logits or self.codebook_update == "linear")
+
+    @property
+    def samples(self) -> bool:
+        """Whether a step samples vectors that might replace codewords."""
+        return self.replaces and self._exchangeable and self.replace_by != "codewords"
 
     def given(self) -> dict[str, Any]:
         """The options that are not the defaults."""

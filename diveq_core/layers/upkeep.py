@@ -234,7 +234,6 @@ def update(
         raise TypeError(f"update: statistics must be a Statistics, as forward gives it, got {describe(statistics)}")
     if not settings.has_codebook:
         return state
-    state = {name: lib.stop_gradient(x) for name, x in state.items()}
     xp, ranks = lib.xp, Ranks(lib, "update", all_reduce)
     statistics = _summed(ranks, statistics)
     happened = statistics.batches > 0
@@ -248,14 +247,14 @@ def update(
         due = xp.logical_and(happened, state["steps"] % settings.replace_every == 0)
         replace = bool(due) if replace is None and lib.reads_free(due) else replace
         if replace is None or replace:
-            state = _replaced(ranks, settings, state, due, noise, rng)
+            state = _replaced(ranks, settings, state, statistics.sample, due, noise, rng)
     return state
 
 
 def _summed(ranks: Ranks, statistics: Statistics) -> Statistics:
-    """Statistics of all ranks, in one sum; those that are not finite count for nothing."""
+    """Statistics of all ranks, in one sum, but for the sample; those that are not finite count for nothing."""
     lib, xp = ranks.lib, ranks.lib.xp
-    arrays = [x for x in statistics if x is not None]
+    arrays = [x for x in statistics[:-1] if x is not None]
     dtype = arrays[-1].dtype
     flat = xp.concat([lib.astype(xp.reshape(lib.stop_gradient(x), (-1,)), dtype) for x in arrays])
     flat = ranks.sum(flat)
@@ -265,7 +264,8 @@ def _summed(ranks: Ranks, statistics: Statistics) -> Statistics:
         size = math.prod(x.shape)
         found.append(xp.reshape(flat[at_ : at_ + size], tuple(x.shape)))
         at_ += size
-    return Statistics(*found, *[None] * (3 - len(found)))
+    batches, counts, sums = [*found, None, None][:3]
+    return Statistics(batches, counts, sums, statistics.sample)
 
 
 def _averaged(lib: Backend, settings: Settings, state: State, statistics: Statistics) -> State:
@@ -287,26 +287,31 @@ def _averaged(lib: Backend, settings: Settings, state: State, statistics: Statis
     }
 
 
-def _replaced(ranks: Ranks, settings: Settings, state: State, due: Array, noise: Array | None, rng: Any) -> State:
+def _replaced(
+    ranks: Ranks, settings: Settings, state: State, sample: Array | None, due: Array, noise: Array | None, rng: Any
+) -> State:
     """The state with its unused codewords replaced, where that is due."""
     lib, xp = ranks.lib, ranks.lib.xp
     name = "embedding" if settings.codebook_update == "linear" else "codewords"
-    words = state[name]
+    words = lib.stop_gradient(state[name])
     count, width = settings.codebook_shape[-2:]
     noise = ranks.noise(words, (len(settings.codebooks), count, width + 2), noise, rng)
     found: dict[str, dict[Shape, Array]] = {key: {} for key in (name, "usage", "averages", "counts") if key in state}
     for number, own in enumerate(settings.codebooks):
-        old = {key: at(state[key], own) for key in found}
+        old = {key: at(lib.stop_gradient(state[key]), own) for key in found}
         wide = lib.compute_dtype(old[name].dtype)
         averages = None
         if "averages" in old:
             averages = EMAState(lib.astype(old["counts"], wide), lib.astype(old["averages"], wide))
         new = replace_unused(
             old[name],
+            # Known to all ranks, and only their proportions matter; the sample is each rank's own.
             old["usage"],
+            z=None if sample is None else at(sample, own),
             threshold=settings.replace_threshold,
             noise=noise[number, ...],
             state=averages,
+            all_reduce=None if sample is None else ranks.all_reduce,
         )
         now = xp.logical_and(due, xp.sum(old["usage"]) >= _USES * count)
         values = {name: new.codebook, "usage": xp.zeros_like(old["usage"])}
