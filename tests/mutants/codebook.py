@@ -197,6 +197,7 @@ MUTANTS = (
         "lib.copy(lib.stop_gradient(codebook))",
         "lib.stop_gradient(codebook)",
         "test_memory.py changes_nothing and numpy",
+        within="ema_init",
     ),
     Mutant(
         "replacement: next to the largest number there is no room",
