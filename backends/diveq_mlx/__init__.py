@@ -1,7 +1,7 @@
 """MLX for diveq_core: eager and under ``grad``, ``vjp``, ``jvp``, ``vmap``, ``compile`` and ``checkpoint``.
 
-Products are ``mx.matmul``, which on a GPU may round float32 to TF32 and has no setting for a single product. Set
-``MLX_ENABLE_TF32=0`` before MLX's first product to have the search and a Mahalanobis radius in full precision there.
+Products of float32 keep its digits also on a GPU, where MLX rounds operands to TF32 by default and has no setting for a
+single product: they are made of parts there, unless ``MLX_ENABLE_TF32=0`` was set before MLX's first one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import describe, safe_log
 from diveq_mlx.bind import quantize
+from diveq_mlx.product import matmul
 from diveq_mlx.search import nearest_rows
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class MlxBackend(Backend):
         kept = mx.stop_gradient(mx.where((segments < 0) | (segments >= count), count, segments))
         padded = mx.concatenate([total, mx.zeros((1, width), total.dtype)])
         return padded.at[kept].add(values)[:count]
+
+    def matmul(self, a: mx.array, b: mx.array) -> mx.array:
+        return matmul(a, b)
 
     def take_rows(self, codebook: mx.array, indices: mx.array) -> mx.array:
         # Out of range MLX reads other memory.

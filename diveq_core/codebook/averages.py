@@ -109,8 +109,8 @@ def ema_update(
     decay : float or array (), default 0.99
         The :math:`m` in [0, 1). An array may be traced, as that of a schedule is; its range is then not checked.
     all_reduce : callable, optional
-        Sum over ranks, array -> array of the same shape; called once, with an array (K, D + 1), and may sum in place.
-        State, codebook and decay must be the same on all ranks.
+        Sum over ranks, array -> array of the same shape; called twice, with an array (1, D) and one (K, D + 1), and may
+        sum in place. State, codebook and decay must be the same on all ranks.
 
     Returns
     -------
@@ -131,8 +131,7 @@ def ema_update(
     averages carry the same bias, which their quotient loses, and a codeword that was not chosen (:math:`c_k = 0`)
     keeps its value bit for bit, from the first step on. Nothing divides by a small count, so no smoothing is needed.
     A codeword over twice as long, in a coordinate, as every vector keeps its share apart from the sum, which it would
-    round; over several ranks it does not, since no rank knows the vectors of the others.
-    Sums that overflow are not written: over several ranks, vectors near the largest number and far from the codebook.
+    round. Over several ranks, which know the sum of their longest alone, it does so from twice that sum on.
 
     It is also, exactly, a step of stochastic gradient descent on the codebook loss
     :math:`\tfrac12\sum_n \|E_{i_n} - \operatorname{sg}[z_n]\|^2` with learning rate :math:`(1-m)/n_k` for codeword
@@ -168,11 +167,11 @@ def ema_update(
     means = _means(lib, state, codebook)
     segments = xp.reshape(indices, (math.prod(indices.shape),))
     rows, dtype = flat_rows(lib, lib.stop_gradient(z)), means.dtype
-    # On several ranks only what all of them know: the vectors would take another collective.
-    largest = _largest(lib, rows, dtype) if all_reduce is None else None
+    # Of ranks the sum, at least the largest of all and one for all: too large, it costs digits, never all of them.
+    largest = ranks.sum(_largest(lib, rows, dtype))
     scale = _scale(lib, means, largest)
     scaled = means * scale
-    centre = scaled if largest is None else xp.where(xp.abs(scaled) > 2 * largest * scale, xp.zeros_like(means), scaled)
+    centre = xp.where(xp.abs(scaled) > 2 * scale * largest, xp.zeros_like(means), scaled)
     total = xp.zeros((codebook.shape[0], codebook.shape[1] + 1), dtype=dtype, **lib.place(means))
 
     def add(z: Array, segments: Array) -> None:
@@ -221,13 +220,12 @@ def _largest(lib: Backend, z: Array, dtype: Any) -> Array:
     return largest
 
 
-def _scale(lib: Backend, means: Array, largest: Array | None) -> Array:
+def _scale(lib: Backend, means: Array, largest: Array) -> Array:
     """Power of two for each column, (1, D): below 1 only where sums of differences so large might overflow.
 
     What it makes vanish is smaller than a column's largest number by more than the digits of any sum.
     """
     xp = lib.xp
-    largest = xp.zeros_like(means[:1, :]) if largest is None else largest
     largest = larger(lib, largest, xp.max(xp.abs(finite_rows(lib, means)[0]), axis=0, keepdims=True))
     one = xp.ones_like(largest)
     return xp.where(largest > float(xp.finfo(means.dtype).max) * 2.0**-42, one * 2.0**-40, one)

@@ -69,8 +69,10 @@ def compare_command(
     except CompareError as error:
         typer.echo(f"compare: {error}", err=True)
         raise typer.Exit(2) from None
-    except MemoryError as error:
-        typer.echo(f"compare: these sizes do not fit in memory: {error}", err=True)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        typer.echo(f"compare: these sizes do not fit in memory: {_first_line(error)}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -111,6 +113,18 @@ def bench_command(
     except BenchError as error:
         typer.echo(f"bench: {error}", err=True)
         raise typer.Exit(2) from None
-    except MemoryError as error:
-        typer.echo(f"bench: these sizes do not fit in memory: {error}", err=True)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        typer.echo(f"bench: these sizes do not fit in memory: {_first_line(error)}", err=True)
         raise typer.Exit(2) from None
+
+
+def _is_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether there was no memory left: PyTorch and JAX have no common class for that, and say it in words."""
+    words = ("can't allocate memory", "out of memory", "resource_exhausted")
+    return isinstance(error, MemoryError) or any(x in str(error).lower() for x in words)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from diveq_core.arrays.rows import Array
     from diveq_core.estimators.call import Call
 
+# What its stages in a Residual do not call.
+_LEFT_OUT = ("call", "decode", "forward", "hard", "level", "linearized", "noisy", "rounded", "trains_codebook")
 # How far short of the outermost level the bound stops: epsilon of the paper's code.
 _MARGIN = 1e-3
 
@@ -100,6 +102,12 @@ class FSQ(Scalar):
                 f"Residual: an FSQ in stages must read z alone, got {describe(self)}, which reads "
                 f"{', '.join(sorted(self.reads - {'z'}))}"
             )
+        for name in _LEFT_OUT:
+            if getattr(type(self), name) is not getattr(FSQ, name):
+                raise TypeError(
+                    f"Residual: an FSQ in stages must leave {name} as it is, since finer levels take its place, "
+                    f"got {describe(self)}"
+                )
         return _Bound(self)
 
     def refined(self, depth: int) -> Estimator:
@@ -206,10 +214,27 @@ class _Bound(Estimator):
         return self.of.bounded(lib, z) / self.of.row(lib, [level // 2 for level in self.of.levels], z)
 
     def vjp(self, lib: Backend, z: Array, q: None, noise: None, g: Array) -> tuple[Array, None]:
-        return self.of.vjp(lib, z, None, None, g)
+        return self.of.vjp(lib, z, _unread, None, g)
 
     def jvp(self, lib: Backend, z: Array, q: None, noise: None, dz: Array, dq: None) -> Array:
-        return self.of.jvp(lib, z, None, None, dz, None)
+        return self.of.jvp(lib, z, _unread, None, dz, None)
+
+
+class _Unread:
+    """In the place of q, which there is none of: any use of it is refused, as one of None would not always be."""
+
+    __array_ufunc__ = None
+
+    def _refuse(self, *_: object) -> Any:
+        raise TypeError("Residual: the vjp and jvp of an FSQ in stages must read z alone, got one that reads q")
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __abs__ = __pow__ = __matmul__ = _refuse
+    __bool__ = __float__ = __len__ = __iter__ = __getitem__ = __getattr__ = __array__ = _refuse
+    __hash__ = object.__hash__
+
+
+_unread: Any = _Unread()
 
 
 def _checked_levels(levels: Sequence[int]) -> tuple[int, ...]:

@@ -223,7 +223,8 @@ class Mahalanobis:
                 raise ValueError(f"Mahalanobis: matrix must be positive definite, got smallest eigenvalue {smallest:g}")
             # Apart from the caller's array, which may be overwritten where the entries are not.
             object.__setattr__(self, "matrix", lib.snapshot(lib.stop_gradient(self.matrix)))
-            object.__setattr__(self, "entries", array("d", _numbers(lib, self.matrix)).tobytes())
+            # Adding zero makes -0.0 and 0.0 the one number they are.
+            object.__setattr__(self, "entries", array("d", [x + 0.0 for x in _numbers(lib, self.matrix)]).tobytes())
 
     def check_width(self, width: int) -> None:
         """Refuse vectors of another width than the matrix."""

@@ -9,6 +9,7 @@ import pytest
 
 import diveq_core as dq
 from libraries import library_named
+from vectors import D, K, N, normal
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
@@ -497,3 +498,26 @@ def test_sharded_rows():
             placed[0], codebook, placed[1]
         )
         assert_close(gradients, tuple(reference(z, codebook, dq.DiVeQ(), noise)), **CLOSE)
+
+
+def test_a_radius_that_closes_over_a_traced_number_is_right_or_refused():
+    z, codebook = jnp.asarray(normal(N, D)), jnp.asarray(normal(K, D, seed=1))
+
+    def loss(scale, z, codebook):
+        radius = dq.CustomRadius(lambda q, z: scale * ((q - z) ** 2).sum(axis=1) + 1)
+        return (dq.quantize(z, codebook, dq.Radial(radius)).z_q ** 2).sum()
+
+    scales, by_both = jnp.asarray([1.5, 0.3]), jax.grad(loss, (1, 2))
+    wanted = [by_both(float(scale), z, codebook) for scale in scales]
+    jitted = jax.jit(by_both)
+    mapped = jax.vmap(by_both, (0, None, None))(scales, z, codebook)
+    _, scanned = jax.lax.scan(lambda s, scale: (s, by_both(scale, z, codebook)), 0, scales)
+    for n, expected in enumerate(wanted):
+        for found in (jitted(scales[n], z, codebook), [x[n] for x in mapped], [x[n] for x in scanned]):
+            for x, y in zip(found, expected, strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="No constant handler"):
+        jax.grad(jax.jit(loss), 1)(1.5, z, codebook)
+    for refused in (jax.grad(loss, (0, 1)), jax.grad(jax.checkpoint(loss), 1)):
+        with pytest.raises(jax.errors.UnexpectedTracerError):
+            refused(1.5, z, codebook)

@@ -175,3 +175,53 @@ def test_arguments_that_are_not_mapped_beside_those_that_are():
     for one, own in zip(moved, batch, strict=True):
         alone = dq.ema_update(state, own, codebooks[0], indices)[1]
         np.testing.assert_allclose(np.array(one), np.array(alone), rtol=1e-6)
+
+
+@pytest.fixture
+def tf32(monkeypatch):
+    """Products as a GPU rounds them: operands to ten bits behind the point."""
+    from diveq_mlx import product
+
+    plain = mx.matmul
+
+    def rounded(x):
+        far = x * (2**13 + 1)
+        return mx.where(mx.isfinite(far), far - (far - x), x)
+
+    monkeypatch.setattr(product, "rounds", lambda: True)
+    monkeypatch.setattr(mx, "matmul", lambda a, b: plain(rounded(a), rounded(b)))
+    return plain
+
+
+def test_the_search_where_products_are_in_tf32(tf32):
+    codebook, z = numbers(500, 2), numbers(2000, 2, seed=1)
+    wanted = dq.nearest(z, codebook)
+    scores = mx.matmul(mx.array(z), mx.array(codebook).T) - mx.array((codebook**2).sum(1) / 2)
+    # What the product rounds shows in the tokens.
+    assert (np.asarray(mx.argmax(scores, axis=1)) != wanted).sum() > 10
+    np.testing.assert_array_equal(np.asarray(dq.nearest(mx.array(z), mx.array(codebook))), wanted)
+    missing = mx.array(np.where(np.arange(2) == 1, np.inf, z[:2]))
+    assert np.asarray(dq.nearest(missing, mx.array(codebook))).tolist() == [-1, -1]
+
+
+def test_products_in_parts_are_those_of_float32(tf32):
+    from diveq_mlx.product import matmul
+
+    a, b, g = (numbers(*shape) for shape in ((3, 40, 30), (30, 20), (40, 20)))
+    exact = a[0].astype("f8") @ b
+    # A few roundings of thirty terms of order one; TF32 is off by a thousandth.
+    close = {"rtol": 0, "atol": 1e-5}
+    np.testing.assert_allclose(np.asarray(matmul(mx.array(a[0]), mx.array(b))), exact, **close)
+    assert np.abs(np.asarray(mx.matmul(mx.array(a[0]), mx.array(b))) - exact).max() > 1e-3
+    loss = lambda a, b: (matmul(a, b) * mx.array(g)).sum()  # noqa: E731
+    to_a, to_b = mx.grad(loss, (0, 1))(mx.array(a[0]), mx.array(b))
+    np.testing.assert_allclose(np.asarray(to_a), g.astype("f8") @ b.T, **close)
+    np.testing.assert_allclose(np.asarray(to_b), a[0].T.astype("f8") @ g, **close)
+    np.testing.assert_allclose(np.asarray(mx.vmap(matmul, (0, None))(mx.array(a), mx.array(b))), a @ b, **close)
+    mapped = mx.vmap(mx.grad(loss, (0, 1)), (0, None))(mx.array(a), mx.array(b))
+    np.testing.assert_allclose(np.asarray(mapped[1]), np.swapaxes(a, 1, 2) @ g, **close)
+    moved = mx.jvp(lambda a: matmul(a, mx.array(b)), [mx.array(a[0])], [mx.array(a[1])])[1][0]
+    np.testing.assert_allclose(np.asarray(moved), a[1].astype("f8") @ b, **close)
+    # Every digit of a number is in its parts, also of large and small ones.
+    for x in (1 + 2.0**-23, 1 / 3, 3e34, 2.0**-100 / 3):
+        assert matmul(mx.array([[x]]), mx.array([[1.0]])).item() == np.float32(x)

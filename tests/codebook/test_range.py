@@ -9,6 +9,7 @@ import pytest
 
 import diveq_core as dq
 from libraries import Library, float64_in
+from ranks import Simulated, in_threads
 from vectors import D, K, N, normal
 
 
@@ -148,6 +149,28 @@ def test_a_codeword_far_longer_than_its_vectors_moves_to_their_mean(library: Lib
         expected = kept * words[0].astype("f8") + (1 - kept) * z.mean(axis=0)
         # A few roundings.
         np.testing.assert_allclose(library.back(moved), [expected, [5, 5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("far", [1e10, 3e38])
+def test_ranks_move_a_far_codeword_as_one_process_does(library: Library, far: float, count: int) -> None:
+    """Also where a rank has no vectors, and where differences, or their sums, overflow."""
+    in_threads(library)
+    z = np.array([[1, -far], [3, -far]], np.float32)
+    words = np.array([[far, far], [5, 5]], np.float32)
+    indices = np.array([0, 0])
+
+    def work(rank, all_reduce):
+        arrays = [library.to(x) for x in (z[rank::count], words, indices[rank::count])]
+        state = dq.ema_init(arrays[1], weight=1.0)
+        return dq.ema_update(state, *arrays, decay=0.0, all_reduce=all_reduce)[1]
+
+    _, alone = dq.ema_update(dq.ema_init(words, weight=1.0), z, words, indices, decay=0.0)
+    np.testing.assert_allclose(alone[0, 0], 2, rtol=1e-6)
+    ranks = [library.back(moved) for moved in Simulated(count).run(work)]
+    for moved in ranks:
+        np.testing.assert_array_equal(moved, ranks[0])
+        np.testing.assert_allclose(moved, alone, rtol=1e-6)
 
 
 @pytest.mark.parametrize("exponent", [60, 100])

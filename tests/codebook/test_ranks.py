@@ -162,7 +162,7 @@ def test_a_wrong_sum_is_refused() -> None:
     state, indices = dq.ema_init(codebook), dq.nearest(z, codebook)
     for wrong, text in [
         (lambda x: None, "got None; one that sums in place must return its argument"),
-        (lambda x: x.astype("f4"), r"got float32 \(6, 5\)"),
+        (lambda x: x.astype("f4"), r"got float32 \(1, 4\)"),
         (lambda x: x[:1], r"got float64 \(1, 5\)"),
         (lambda x: x * np.nan, "sums of what it is given, got NaN"),
     ]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -344,3 +345,37 @@ def test_small_calls_compute_the_same():
         for name in ("small-torch", "plain"):
             (run,) = CONTENDERS[name].prepared(problem).values()
             assert [tuple(g.shape) for g in run()] == [(64, 8), (32, 8)]
+
+
+def no_memory_in_torch() -> None:
+    torch = pytest.importorskip("torch")
+    torch.empty(1 << 48)
+
+
+def no_memory_in_jax() -> None:
+    jax = pytest.importorskip("jax")
+    jax.numpy.zeros(1 << 44).block_until_ready()
+
+
+def no_memory() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("fails", [no_memory_in_torch, no_memory_in_jax, no_memory])
+@pytest.mark.parametrize("name", ["bench", "compare"])
+def test_what_a_library_has_no_memory_for_is_one_line(monkeypatch, name: str, fails) -> None:
+    module = importlib.import_module(f"diveq_core.commands.{name}.command")
+    monkeypatch.setattr(module, name, lambda *_: fails())
+    result = CliRunner().invoke(app, [name])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"{name}: these sizes do not fit in memory: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_another_error_is_not_hidden(monkeypatch) -> None:
+    def fails(*_):
+        raise RuntimeError("no such stream")
+
+    monkeypatch.setattr(command, "bench", fails)
+    with pytest.raises(RuntimeError, match="no such stream"):
+        CliRunner().invoke(app, ["bench"], catch_exceptions=False)

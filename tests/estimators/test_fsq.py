@@ -371,3 +371,48 @@ def test_stages_of_one_that_reads_its_output_are_refused() -> None:
         TypeError, match=r"^Residual: an FSQ in stages must read z alone, got .*Reading, which reads q$"
     ):
         dq.Residual(Reading([3, 3]), 2)
+
+
+class Spoken(dq.FSQ):
+    """A rule of its own, of z alone."""
+
+    def vjp(self, lib, z, q, noise, g):
+        return super().vjp(lib, z, q, noise, 2 * g)
+
+    def jvp(self, lib, z, q, noise, dz, dq):
+        return super().jvp(lib, z, q, noise, 2 * dz, dq)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize(
+    "chosen",
+    [lambda z, q: q, lambda z, q: z == q, lambda z, q: 1.0 if q is None else q, lambda z, q: q[..., :1] > 0],
+    ids=["product", "equal", "where there is one", "sign"],
+)
+def test_stages_of_one_that_reads_its_output_and_does_not_say_so_are_refused(name: str, chosen) -> None:
+    library = library_named(name)
+
+    class Silent(dq.FSQ):
+        def vjp(self, lib, z, q, noise, g):
+            return g * chosen(z, q), None
+
+        def jvp(self, lib, z, q, noise, dz, dq):
+            return dz * chosen(z, q)
+
+    # A library that knows no other types, as array-api-strict, refuses in its own words.
+    z = library.to(np.random.default_rng(0).standard_normal((3, 2)).astype(np.float32))
+    text = r"^Residual: the vjp and jvp of an FSQ in stages must read z alone, got one that reads q$"
+    with pytest.raises(TypeError, match=text):
+        dq.vjp(z, None, dq.Residual(Silent([5, 4]), 2))[1](z)
+    with pytest.raises(TypeError, match=text):
+        dq.jvp(z, None, z, None, dq.Residual(Silent([5, 4]), 2))
+    twice = dq.vjp(z, None, dq.Residual(Spoken([5, 4]), 2))[1](z)[0]
+    plain = dq.vjp(z, None, dq.Residual(dq.FSQ([5, 4]), 2))[1](z)[0]
+    assert_close(twice, 2 * library.back(plain), library, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["forward", "level", "rounded", "decode"])
+def test_stages_of_one_with_levels_of_its_own_are_refused(name: str) -> None:
+    own = type("Own", (dq.FSQ,), {name: lambda self, *_: None})
+    with pytest.raises(TypeError, match=rf"^Residual: an FSQ in stages must leave {name} as it is, .*, got .*Own$"):
+        dq.Residual(own([3, 3]), 2)

@@ -226,6 +226,7 @@ def test_a_matrix_that_is_overwritten_was_copied() -> None:
     m[0, 0] = 5.0
     assert radius == dq.Mahalanobis(np.eye(2))
     np.testing.assert_array_equal(radius.matrix, np.eye(2))
+    assert radius == dq.Mahalanobis(np.array([[1.0, -0.0], [-0.0, 1.0]]))
 
 
 def test_copies_are_traced_once_in_jax() -> None:

@@ -176,9 +176,15 @@ MUTANTS = (
     ),
     Mutant(
         "EMA: differences from a codeword that is far longer",
-        "xp.where(xp.abs(scaled) > 2 * largest * scale, xp.zeros_like(means), scaled)",
+        "xp.where(xp.abs(scaled) > 2 * scale * largest, xp.zeros_like(means), scaled)",
         "scaled",
         "test_range.py far_longer and numpy",
+    ),
+    Mutant(
+        "EMA: each rank looks at its own vectors alone",
+        "ranks.sum(_largest(lib, rows, dtype))",
+        "_largest(lib, rows, dtype)",
+        "test_range.py as_one_process and numpy",
     ),
     Mutant(
         "EMA: what a codeword that is far longer keeps is lost",
@@ -191,6 +197,7 @@ MUTANTS = (
         "lib.copy(lib.stop_gradient(codebook))",
         "lib.stop_gradient(codebook)",
         "test_memory.py changes_nothing and numpy",
+        within="ema_init",
     ),
     Mutant(
         "replacement: next to the largest number there is no room",

@@ -18,6 +18,18 @@ MUTANTS = (
         bound("DiVeQ", "mlx"),
     ),
     Mutant(
+        "MLX: products of the first parts alone",
+        "left = mx.concatenate([a_low, a_mid, a, a_mid, a, a], axis=-1)",
+        "left = mx.concatenate([0 * a_low, 0 * a_mid, 0 * a, 0 * a_mid, 0 * a, a], axis=-1)",
+        "test_mlx.py tf32",
+    ),
+    Mutant(
+        "MLX: the search multiplies in TF32",
+        "if a.dtype == b.dtype == mx.float32 and rounds():",
+        "if False:",
+        "test_mlx.py tf32",
+    ),
+    Mutant(
         "MLX: vmap takes the first codebook for all",
         "if whole is not None and axes[whole] is not None:",
         "if whole is not None and axes[whole] is not None and not (operands := (operands[0], batched[whole][0])):",

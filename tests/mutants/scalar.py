@@ -25,6 +25,18 @@ MUTANTS = (
         "test_fsq.py divides_the_cells",
     ),
     Mutant(
+        "FSQ: stages give None for what there is not",
+        "self.of.vjp(lib, z, _unread, None, g)",
+        "self.of.vjp(lib, z, None, None, g)",
+        "test_fsq.py does_not_say_so and numpy",
+    ),
+    Mutant(
+        "FSQ: stages of any levels",
+        "if getattr(type(self), name) is not getattr(FSQ, name):",
+        "if False:",
+        "test_fsq.py levels_of_its_own",
+    ),
+    Mutant(
         "FSQ: each stage as coarse as the first",
         "level // 2 * float(level) ** self.depth",
         "level // 2 * float(level) ** 0",
