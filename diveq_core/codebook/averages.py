@@ -190,20 +190,30 @@ def ema_update(
     total = ranks.sum(total)
 
     c = total[:, -1]
-    used = (c > 0) & xp.isfinite(c)
-    zeros = xp.zeros_like(c)
-    old = xp.where((state.counts > 0) & xp.isfinite(state.counts), state.counts, zeros)
-    n = decay * old + (1 - decay) * xp.where(used, c, zeros)
-    rate = xp.where(used, (1 - decay) / xp.where(used, n, xp.ones_like(n)), zeros)
+    used, n, rate, share = rates(lib, state.counts, c, decay)
     # Means of finite vectors pass the largest number by rounding only.
     limit = float(xp.finfo(dtype).max) * scale
-    kept = xp.where(used, decay * old / xp.where(used, n, xp.ones_like(n)), xp.ones_like(n))
-    begin = centre + xp.where(centre == scaled, xp.zeros_like(scaled), kept[:, None] * scaled)
+    begin = centre + xp.where(centre == scaled, xp.zeros_like(scaled), share[:, None] * scaled)
     moved = begin + rate[:, None] * total[:, :-1]
     moved = xp.where(xp.isfinite(moved), smaller(lib, larger(lib, moved, -limit), limit), moved) / scale
     rounded = lib.astype(moved, codebook.dtype)
     written = xp.logical_and(used, xp.all(xp.isfinite(rounded), axis=1))[:, None]
     return EMAState(n, xp.where(written, moved, means)), xp.where(written, rounded, codebook)
+
+
+def rates(lib: Backend, counts: Array, c: Array, decay: Any) -> tuple[Array, Array, Array, Array]:
+    """What a step's counts make of moving averages, each (..., K).
+
+    Which codewords were used, the new counts :math:`n`, the rate :math:`(1-m)/n` of a codeword's vectors, and the share
+    :math:`m n_{old}/n` that it keeps.
+    """
+    xp = lib.xp
+    used = (c > 0) & xp.isfinite(c)
+    zeros, ones = xp.zeros_like(c), xp.ones_like(c)
+    old = xp.where((counts > 0) & xp.isfinite(counts), counts, zeros)
+    n = decay * old + (1 - decay) * xp.where(used, c, zeros)
+    divisor = xp.where(used, n, ones)
+    return used, n, xp.where(used, (1 - decay) / divisor, zeros), xp.where(used, decay * old / divisor, ones)
 
 
 def _largest(lib: Backend, z: Array, dtype: Any) -> Array:

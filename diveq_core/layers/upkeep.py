@@ -13,7 +13,7 @@ from diveq_core.arrays.checks import check_floating, flat_rows
 from diveq_core.arrays.draws import normal, uniform
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import describe
-from diveq_core.codebook.averages import EMAState
+from diveq_core.codebook.averages import EMAState, rates
 from diveq_core.codebook.clustering import kmeans
 from diveq_core.codebook.first_curve import tour
 from diveq_core.codebook.ranks import Ranks
@@ -270,13 +270,10 @@ def _summed(ranks: Ranks, statistics: Statistics) -> Statistics:
 
 def _averaged(lib: Backend, settings: Settings, state: State, statistics: Statistics) -> State:
     """Moving averages of all codebooks: `ema_update` from sums."""
-    xp, m = lib.xp, settings.ema_decay
-    averages = state["averages"]
+    xp, averages = lib.xp, state["averages"]
     wide = lib.compute_dtype(averages.dtype)
     old, c, s = (lib.astype(x, wide) for x in (state["counts"], statistics.counts, statistics.sums))
-    n = m * old + (1 - m) * c
-    used = c > 0
-    rate = xp.where(used, (1 - m) / xp.where(used, n, xp.ones_like(n)), xp.zeros_like(n))
+    used, n, rate, _ = rates(lib, old, c, settings.ema_decay)
     moved = lib.astype(averages, wide) + rate[..., None] * s
     rounded = lib.astype(moved, state["codewords"].dtype)
     written = xp.logical_and(used, xp.all(xp.isfinite(rounded), axis=-1))[..., None]

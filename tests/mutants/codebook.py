@@ -188,8 +188,8 @@ MUTANTS = (
     ),
     Mutant(
         "EMA: what a codeword that is far longer keeps is lost",
-        "kept[:, None] * scaled",
-        "0 * kept[:, None] * scaled",
+        "share[:, None] * scaled",
+        "0 * share[:, None] * scaled",
         "test_range.py far_longer and numpy",
     ),
     Mutant(
