@@ -89,6 +89,8 @@ class TorchBackend(Backend):
         return _is_plain(x)
 
     def to_numpy(self, x: torch.Tensor) -> Any:
+        # The whole of one that is sharded.
+        x = x.full_tensor() if hasattr(x, "full_tensor") else x
         x = x.detach().cpu()
         return (x.float() if x.dtype == torch.bfloat16 else x).numpy(force=True)
 

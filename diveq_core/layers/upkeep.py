@@ -179,7 +179,7 @@ def _begun(ranks: Ranks, settings: Settings, rows: Array, valid: Array, noise: A
     if settings.init == "kmeans":
         # What is not finite is left out there; a row of it stands for no vector at all.
         marked = lib.nan_where(xp.logical_not(valid)[:, None], rows)
-        none = lib.nan_where(xp.ones_like(marked[:1, :]) > 0, xp.ones_like(e[:1, :]))
+        none = lib.nan_where(xp.ones_like(e[:1, :]) > 0, e[:1, :])
         e = kmeans(xp.concat([marked, none]), e, iterations=_ITERATIONS, all_reduce=ranks.all_reduce).codebook
     return lib.take_rows(e, tour(lib, e)) if settings.on_curve else e
 

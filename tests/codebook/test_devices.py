@@ -6,14 +6,15 @@ Elsewhere ranks are threads; here nothing is simulated. The answers to compare w
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import diveq_core as dq
+from processes import finish, started
+
+HERE = Path(__file__).parent
 
 ROWS, K, D = 46, 5, 3
 
@@ -81,29 +82,6 @@ GLOO = """
 """
 
 
-def started(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    import textwrap
-
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=Path(__file__).parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
-
-
-def finish(*processes: subprocess.Popen) -> None:
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=180)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def check(devices: list[list[np.ndarray]]) -> None:
     """Both have the same, bit for bit, and what one device with all vectors has."""
     for mine, yours in zip(*devices, strict=True):
@@ -129,7 +107,7 @@ def test_psum_on_two_devices(tmp_path: Path) -> None:
     pytest.importorskip("jax")
     path = tmp_path / "found.npz"
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    finish(started(PSUM, str(path), XLA_FLAGS=flags, JAX_PLATFORMS="cpu"))
+    finish(started(HERE, PSUM, str(path), XLA_FLAGS=flags, JAX_PLATFORMS="cpu"))
     with np.load(path) as found:
         check([[found[name][device] for name in found.files] for device in (0, 1)])
 
@@ -139,7 +117,7 @@ def test_all_reduce_in_two_processes(tmp_path: Path) -> None:
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("torch is built without gloo")
     path = tmp_path / "found"
-    finish(*(started(GLOO, str(path), str(rank)) for rank in (0, 1)))
+    finish(*(started(HERE, GLOO, str(path), str(rank)) for rank in (0, 1)))
     devices = []
     for rank in (0, 1):
         with np.load(f"{path}.{rank}.npz") as found:

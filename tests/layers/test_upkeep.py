@@ -184,7 +184,8 @@ def test_nothing_breaks_a_codebook(harm: str, kind: str, init: str) -> None:
 @pytest.mark.parametrize("name", ["numpy", "torch"])
 @pytest.mark.parametrize("kind", ["averages", "plain", "stages, averages", "heads"])
 @pytest.mark.parametrize("init", ["data", "kmeans"])
-def test_ranks_end_with_one_state(name: str, kind: str, init: str) -> None:
+@pytest.mark.parametrize("first", [40, 0], ids=["", "nothing at first"])
+def test_ranks_end_with_one_state(name: str, kind: str, init: str, first: int) -> None:
     library = library_named(name)
     in_threads(library)
     case = Case.of(kind, np.float32, init=init, not_finite="skip", replace_every=2)
@@ -193,6 +194,7 @@ def test_ranks_end_with_one_state(name: str, kind: str, init: str) -> None:
     z = np.random.default_rng(3).standard_normal((6, 120, DIM)).astype(np.float32)
     # Of each batch the second rank has none, once it is not finite, and otherwise a third.
     parts = [(batch[:80], batch[80:]) for batch in z]
+    parts[0] = (z[0], z[0][: 0 if first == 0 else first])
     parts[1] = (z[1], z[1][:0])
     parts[2] = (z[2], np.full_like(z[2][:4], np.nan))
     draws = np.random.default_rng(4).standard_normal((len(settings.codebooks), K, 2)).astype(np.float32)
@@ -209,14 +211,14 @@ def test_ranks_end_with_one_state(name: str, kind: str, init: str) -> None:
             )
         return {key: library.back(x) for key, x in new.items()}
 
-    first, second = Simulated(2).run(lambda rank, sum_: run([pair[rank] for pair in parts], sum_))
-    for key, x in first.items():
+    one, second = Simulated(2).run(lambda rank, sum_: run([pair[rank] for pair in parts], sum_))
+    for key, x in one.items():
         np.testing.assert_array_equal(x, second[key], err_msg=key)
     if init == "kmeans":
         return  # the joined batch draws other first vectors
     alone = run([np.concatenate(pair) for pair in parts])
-    assert int(first["steps"]) == int(alone["steps"])
-    np.testing.assert_allclose(first["usage"].sum(), alone["usage"].sum())
+    assert int(one["steps"]) == int(alone["steps"])
+    np.testing.assert_allclose(one["usage"].sum(), alone["usage"].sum())
 
 
 def test_ranks_add_up_to_the_joined_batch() -> None:
