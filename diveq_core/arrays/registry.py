@@ -136,10 +136,21 @@ def _of_any(args: tuple[object, ...]) -> Backend | None:
     """The backend of the first array among them, also in a tuple or dictionary of arrays."""
     for x in args:
         x = tuple(x.values()) if isinstance(x, dict) else x
-        lib = _of_any(x) if isinstance(x, tuple) else _registered(x)
+        lib = _of_any(x) if isinstance(x, tuple) else _registered(x) or _first_of_standard(x)
         if lib is not None:
             return lib
     return None
+
+
+def _first_of_standard(x: object) -> Backend | None:
+    """The backend of a library that has none of its own, whose first array this may be."""
+    if not hasattr(type(x), "__array_namespace__"):
+        return None
+    try:
+        return _standard("quiet", "x", x)
+    except (TypeError, ImportError):
+        # The function itself refuses it, by its own name.
+        return None
 
 
 def _registered(x: object) -> Backend | None:

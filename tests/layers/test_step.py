@@ -95,6 +95,20 @@ def test_a_step_is_quantize_and_the_losses(estimator: dq.Estimator, stages: int)
     np.testing.assert_allclose(out.losses.total, 0.75 * error)
 
 
+def test_each_head_has_its_own_direction() -> None:
+    settings = LAYERS.Settings(DIM, K, dq.STE(), cosine=True, heads=2, init="normal")
+    state = LAYERS.init(settings, np.zeros(()), rng=np.random.default_rng(0))
+    z = plain(dtype=np.float64)
+    out = LAYERS.forward(settings, state, z, train=True)
+    errors = []
+    for head in range(2):
+        own, words = z[:, 3 * head : 3 * head + 3], state["codewords"][head]
+        tokens = dq.nearest_cosine(own, words)
+        np.testing.assert_array_equal(out.indices[:, head], tokens)
+        errors.append(np.mean((dq.normalize(own) - dq.normalize(words)[tokens]) ** 2))
+    np.testing.assert_allclose(out.losses.commitment, np.mean(errors))
+
+
 @pytest.mark.parametrize(
     ("options", "weights"),
     [

@@ -139,7 +139,10 @@ def test_no_update_reaches_a_codebook_that_backward_reads() -> None:
         out = vq(second, noise=vectors(3)).z_q.square().sum()
         assert (vq.codewords != before).any(), "the second step replaces"
         if joined:
-            (loss + out).backward()
+            try:
+                (loss + out).backward()
+            except RuntimeError as error:
+                raise AssertionError("torch's own check of what was overwritten") from error
         gradients.append(first.grad)
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
@@ -172,6 +175,16 @@ def test_a_loaded_layer_does_not_begin_anew() -> None:
     other.load_state_dict(vq.state_dict())
     other(vectors(1))
     torch.testing.assert_close(other.codewords, vq.codewords, rtol=0, atol=0)
+
+
+def test_a_layer_that_loads_a_first_state_begins_anew() -> None:
+    vq = layer()
+    first = {name: x.clone() for name, x in vq.state_dict().items()}
+    vq(vectors())
+    vq.load_state_dict(first)
+    vq(vectors(1))
+    assert vq.started
+    assert (vq.codewords != first["codewords"]).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

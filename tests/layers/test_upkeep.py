@@ -67,6 +67,26 @@ def test_replacement_is_that_of_replace_unused(update: str) -> None:
         assert (after["counts"][3:] == 0).all()
 
 
+def test_a_corner_is_used_by_both_its_segments() -> None:
+    settings = LAYERS.Settings(1, 4, dq.SFDiVeQDetach(), init="normal")
+    state = LAYERS.init(settings, np.zeros(()), rng=np.random.default_rng(0))
+    state["codewords"] = np.array([[0.0], [1.0], [2.0], [3.0]])
+    noise = dq.CurveNoise(np.full(3, 0.5))
+    out = LAYERS.forward(settings, state, np.array([[0.5], [2.5], [2.4]]), train=True, noise=noise)
+    np.testing.assert_array_equal(out.indices, [0, 2, 2])
+    np.testing.assert_array_equal(out.statistics.counts, [1, 1, 2, 2])
+
+
+def test_a_later_stage_starts_with_what_is_left() -> None:
+    settings = LAYERS.Settings(DIM, K, dq.STE(), stages=2)
+    state = LAYERS.init(settings, np.zeros(()), rng=np.random.default_rng(0))
+    # Far from zero, where only what is left is small.
+    z = np.random.default_rng(1).standard_normal((200, DIM)) + 100.0
+    started = LAYERS.start(settings, state, z, rng=np.random.default_rng(2))
+    assert np.abs(started["codewords"][0]).min() > 90
+    assert np.abs(started["codewords"][1]).max() < 10
+
+
 def test_replacement_waits_until_a_codeword_can_be_called_unused() -> None:
     settings = LAYERS.Settings(DIM, 256, dq.STE(), replace_every=1, init="normal")
     state = LAYERS.init(settings, np.zeros(()), rng=np.random.default_rng(0))
@@ -94,10 +114,11 @@ def test_statistics_add_up() -> None:
 def test_of_no_step_nothing_changes(kind: str, library: Library) -> None:
     case = Case.of(kind, np.float32).to(library)
     statistics = case.step().statistics
+    before = LAYERS.update(case.settings, case.state, statistics, noise=case.update_noise)
     nothing = LAYERS.Statistics(*(None if x is None else 0 * x for x in statistics))
-    state = LAYERS.update(case.settings, case.state, nothing, noise=case.update_noise)
+    state = LAYERS.update(case.settings, before, nothing, noise=case.update_noise)
     for name, x in state.items():
-        np.testing.assert_array_equal(library.back(x), library.back(case.state[name]))
+        np.testing.assert_array_equal(library.back(x), library.back(before[name]))
 
 
 @pytest.mark.parametrize("init", ["data", "kmeans"])
@@ -147,6 +168,7 @@ HARMFUL = {
     "NaN": np.full((8, DIM), np.nan, np.float32),
     "infinite": np.full((8, DIM), np.inf, np.float32),
     "huge": np.full((8, DIM), 3e38, np.float32),
+    "partly NaN": np.where(np.arange(64)[:, None] % 2 == 0, np.float32(np.nan), plain()),
     "empty": np.zeros((0, DIM), np.float32),
     "equal": np.ones((8, DIM), np.float32),
     "few": plain()[:3],

@@ -12,6 +12,7 @@ from mutants import (
     distance,
     gumbel,
     jax,
+    layers,
     losses,
     mlx,
     numpy,
@@ -27,6 +28,6 @@ from mutants import (
 ROOMS = (
     *(distance, radial, rotation, curve, composite, scalar, gumbel, rule, verbs),
     *(arrays, search, losses, codebook, directions, diagnostics),
-    *(numpy, torch, jax, mlx),
+    *(numpy, torch, jax, mlx, layers),
 )
 MUTANTS = tuple(mutant for room in ROOMS for mutant in room.MUTANTS)

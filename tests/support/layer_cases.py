@@ -71,6 +71,9 @@ class Case:
         z = rng.standard_normal(shape).astype(dtype)
         initial = rng.standard_normal(LAYERS.noise_size(settings)).astype(dtype)
         state = LAYERS.init(settings, np.zeros((), dtype), noise=initial)
+        for name in ("in_bias", "out_bias"):
+            if name in state:
+                state[name] = rng.standard_normal(state[name].shape).astype(dtype)
         if settings.from_data:
             draws = rng.standard_normal((len(settings.codebooks), K, 2)).astype(dtype)
             # Other vectors than the step's, which would otherwise have no error to speak of.

@@ -1,0 +1,147 @@
+"""Layers: what is quantized, what counts, what is kept between steps, broken."""
+
+from __future__ import annotations
+
+from mutants.mutant import Mutant
+
+MUTANTS = (
+    Mutant(
+        "layer: the losses of later stages see the first one's vectors",
+        "own = own + lib.stop_gradient(rows - own)",
+        "own = own + 0 * lib.stop_gradient(rows - own)",
+        "test_step.py quantize_and_the_losses",
+    ),
+    Mutant(
+        "layer: the residual of a loss carries a gradient",
+        "own = own + lib.stop_gradient(rows - own)",
+        "own = rows + 0 * own",
+        "test_step.py automatic_differentiation and stages",
+    ),
+    Mutant(
+        "layer: the loss's gradient is not divided by the parts",
+        "pull(zero + g * (weights[number] / count))",
+        "pull(zero + g * weights[number])",
+        "test_step.py automatic_differentiation and stages",
+    ),
+    Mutant(
+        "layer: a masked vector counts",
+        "found = self._marked(out.indices)",
+        "found = out.indices",
+        "test_step.py never_read and numpy and STE",
+    ),
+    Mutant(
+        "layer: a masked vector gets the bias of the map back",
+        "z_q = self._zeroed(z_q)",
+        "z_q = z_q + 0",
+        "test_step.py never_read and numpy and projected",
+        within="Step._trained",
+    ),
+    Mutant(
+        "layer: what is skipped is read",
+        "finite = lib.xp.all(lib.xp.isfinite(lib.stop_gradient(self.x)), axis=-1)",
+        "finite = lib.xp.all(lib.xp.isfinite(0 * lib.stop_gradient(self.x[..., :1])), axis=-1)",
+        "test_step.py not_finite",
+    ),
+    Mutant(
+        "layer: dropout draws one stage less",
+        "return 1 + lib.as_indices(",
+        "return 0 + lib.as_indices(",
+        "test_step.py drawn_number_of_stages",
+    ),
+    Mutant(
+        "layer: only the first head is normalized",
+        "grouped = (*shape[:-1], groups, shape[-1] // groups)",
+        "grouped = (*shape[:-1], 1, shape[-1])",
+        "test_step.py its_own_direction",
+    ),
+    Mutant(
+        "layer: a corner is used by one segment only",
+        "counted = lib.xp.concat([counted, none]) + lib.xp.concat([none, counted])",
+        "counted = lib.xp.concat([counted, none])",
+        "test_upkeep.py corner",
+    ),
+    Mutant(
+        "layer: sums of averages are of vectors",
+        "d = rows - lib.take_rows(means, tokens)",
+        "d = rows + 0 * lib.take_rows(means, tokens)",
+        "test_upkeep.py those_of_ema_update",
+    ),
+    Mutant(
+        "layer: averages move without a step",
+        "state[name] = xp.where(happened, x, before[name])",
+        "state[name] = x",
+        "test_upkeep.py no_step and numpy",
+    ),
+    Mutant(
+        "layer: each rank updates by itself",
+        "flat = ranks.sum(flat)",
+        "flat = flat + 0",
+        "test_upkeep.py joined_batch",
+    ),
+    Mutant(
+        "layer: replacement does not wait for uses",
+        ">= _USES * count)",
+        ">= 0 * count)",
+        "test_upkeep.py waits_until",
+    ),
+    Mutant(
+        "layer: replacement at every step",
+        'state["steps"] % settings.replace_every == 0',
+        'state["steps"] % 1 == 0',
+        "test_upkeep.py that_of_replace_unused",
+    ),
+    Mutant(
+        "layer: the averages of a replaced codeword stay",
+        'values |= {"averages": new.state.means, "counts": new.state.counts}',
+        'values |= {"averages": old["averages"], "counts": new.state.counts}',
+        "test_upkeep.py that_of_replace_unused and ema",
+    ),
+    Mutant(
+        "layer: a start counts what is masked or not finite",
+        "e = ranks.draw(rows, xp.astype(valid, rows.dtype), positions)",
+        "e = ranks.draw(rows, xp.ones_like(rows[:, 0]), positions)",
+        "test_upkeep.py breaks_a_codebook",
+    ),
+    Mutant(
+        "layer: every stage starts with the vectors",
+        "groups[head] = groups[head] - lookup(indices, e)",
+        "groups[head] = groups[head] - 0 * lookup(indices, e)",
+        "test_upkeep.py later_stage",
+    ),
+    Mutant(
+        "layer in torch: a checkpoint counts twice",
+        "return torch._C._current_graph_task_id() == -1 and not",
+        "return not",
+        "test_torch_layer.py counts_once",
+    ),
+    Mutant(
+        "layer in torch: an update reaches what backward reads",
+        'state["codewords"] = state["codewords"].clone()',
+        'state["codewords"] = state["codewords"].view_as(state["codewords"])',
+        "test_torch_layer.py backward_reads",
+    ),
+    Mutant(
+        "layer in torch: what is drawn between steps is of the step's stream",
+        "return torch.Generator(self.steps.device).manual_seed(self._seed + self._draws)",
+        "return None",
+        "test_torch_layer.py counts_once",
+    ),
+    Mutant(
+        "layer in torch: a compiled step that is computed again updates again",
+        "    if torch._C._current_graph_task_id() == -1:\n        layer = _layers",
+        "    if True:\n        layer = _layers",
+        "test_torch_layer_compile.py compiled_layer_counts_once",
+    ),
+    Mutant(
+        "layer in torch: what is known of a state outlives it",
+        "module._begun = module._count = None",
+        "module._count = None",
+        "test_torch_layer.py begins_anew",
+    ),
+    Mutant(
+        "layer file: settings that differ from the defaults are lost",
+        'if field.name in ("dim", "codebook_size") or getattr(self, field.name) != field.default',
+        'if field.name in ("dim", "codebook_size", "estimator")',
+        "test_files.py settings_are_read",
+    ),
+)
