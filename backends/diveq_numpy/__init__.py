@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 # Entries of a block of rows: 256 KiB in float32, so that a handful of temporaries fits the cache.
 _BLOCK_ENTRIES = 1 << 16
 
+# Entries up to which a product of vectors begins no threads.
+_SMALL = 1 << 13
 
 _FLOAT32 = np.dtype(np.float32)
 
@@ -42,14 +45,17 @@ class NumPyBackend(Backend):
         return x.dtype.kind in "iu"
 
     def all_finite(self, x: np.ndarray) -> bool:
+        # Squares do not cancel, so one number tells; only its overflow needs the second look.
+        if x.size <= _SMALL:
+            return math.isfinite(np.vdot(x, x)) or bool(np.isfinite(x).all())
         if x.size <= _BLOCK_ENTRIES:
             return bool(np.isfinite(x).all())
         # A sum is one pass without a temporary; only its overflow needs the second look.
         return bool(np.isfinite(np.sum(x))) or bool(np.isfinite(x).all())
 
     def any_negative(self, x: np.ndarray) -> bool:
-        # The least of all is read in one pass, without a temporary.
-        return bool(x.size and x.min() < 0)
+        # The least of all is read in one pass, without a temporary; of a few numbers its place is found sooner.
+        return x.size > 0 and x.item(x.argmin()) < 0
 
     def compute_dtype(self, dtype: Any) -> Any:
         if dtype is _FLOAT32:
@@ -95,10 +101,12 @@ class NumPyBackend(Backend):
     def direction(self, x: np.ndarray) -> tuple[np.ndarray, Direction]:
         rho = np.sqrt(self.dot(x, x))
         inverse = 1 / rho
-        # Of a number and its inverse one is above the middle of the range.
-        extreme = (rho + inverse).max(initial=1.0)
-        if lengths_in_range(1 / extreme, extreme, double=x.dtype == np.float64):
-            return rho, Direction(x, inverse)
+        if len(x):
+            # Of a number and its inverse one is above the middle of the range.
+            either = rho + inverse
+            extreme = either[either.argmax(), 0]
+            if lengths_in_range(1 / extreme, extreme, double=x.dtype == np.float64):
+                return rho, Direction(x, inverse)
         return super().direction(x)
 
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import array_api_compat.torch as torch_namespace
 import torch
 from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, row_scale, safe_log
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
 _BLOCK_ENTRIES = 1 << 19
 
 
+_ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
 def _is_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are ordinary values on the CPU from which nothing is recorded: free to read and overwrite."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0 or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
         return False
     # A mode that waits for operators may trace them, and there are no values then.
     if torch._C._len_torch_dispatch_stack() > 0:
@@ -35,7 +39,7 @@ def _is_plain(*tensors: torch.Tensor) -> bool:
     recording = torch.is_grad_enabled()
     for x in tensors:
         if (
-            type(x) not in (torch.Tensor, torch.nn.Parameter)
+            type(x) not in _ORDINARY
             or not x.is_cpu
             or (recording and x.requires_grad)
             or _functorch.is_functorch_wrapped_tensor(x)

@@ -72,14 +72,17 @@ def check_shape(function: str, name: str, x: Array, shape: tuple[int, ...], like
 
 def check_like(lib: Backend, function: str, name: str, x: Array, model: Array, like: str) -> None:
     """Check that ``x`` has the library and shape of ``model``, and a real floating dtype."""
-    backend_of(function, **{like: model, name: x})
-    check_floating(lib, function, **{name: x})
+    # What is of the model's type is of its library.
+    if type(x) is not type(model) or lib.unfit(x) is not None:
+        backend_of(function, **{like: model, name: x})
+    if x.dtype != model.dtype:
+        check_floating(lib, function, **{name: x})
     check_shape(function, name, x, tuple(model.shape), like)
 
 
 def refuse_not_finite(lib: Backend, function: str, wanted: bool | None, **arrays: Array) -> None:
     """Refuse NaN and infinity if wanted, by default where reading values is free; it synchronises on a device."""
-    if not wants_finite(lib, function, wanted):
+    if wanted is not True and not wants_finite(lib, function, wanted):
         return
     for name, x in arrays.items():
         if not lib.is_concrete(x):

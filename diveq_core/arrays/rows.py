@@ -27,6 +27,9 @@ def check_option(owner: object, name: str, *, above: float | None = None, at_lea
     A plain float takes the dtype of the arrays it meets, which a NumPy scalar would not.
     """
     function, value = type(owner).__name__, getattr(owner, name)
+    lowest = -math.inf if above is None else above
+    if type(value) is float and lowest < value < math.inf and (at_least is None or value >= at_least):
+        return
     bound = (
         "" if above is None and at_least is None else f" {'>' if at_least is None else '>='} {above or at_least or 0:g}"
     )

@@ -7,6 +7,7 @@ by at most ``(2 sqrt(D) + 12) eps (|z - c| + l) l``, l the longer of ``|a - c|``
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -245,12 +246,10 @@ def test_a_million_rows(search: Callable[..., np.ndarray], kind: str, request: A
         check(search(z, codebook), z, codebook, flushes=_flushes(request))
 
 
-@pytest.mark.parametrize("width", [8, 40])
-@pytest.mark.parametrize("name", ["numpy", "torch"])
-@pytest.mark.skipif(not importable("faiss"), reason="faiss is not installed")
-def test_tokens_are_the_same_with_and_without_faiss(name: str, width: int):
-    """The usual start of a VQ-VAE: a small codebook beside long vectors."""
-    rng, count, library = np.random.default_rng(0), 16384, library_named(name)
+@functools.cache
+def _long_beside_a_small_codebook(width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Vectors, a codebook, and the nearest in float64."""
+    rng, count = np.random.default_rng(0), 16384
     codebook = rng.uniform(-1 / count, 1 / count, (count, width)).astype(np.float32)
     z = (10 * rng.standard_normal((2000, width))).astype(np.float32)
     exact = np.concatenate(
@@ -259,6 +258,15 @@ def test_tokens_are_the_same_with_and_without_faiss(name: str, width: int):
             for part in z.reshape(-1, 20, width)
         ]
     )
+    return z, codebook, exact
+
+
+@pytest.mark.parametrize("width", [8, 40])
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.skipif(not importable("faiss"), reason="faiss is not installed")
+def test_tokens_are_the_same_with_and_without_faiss(name: str, width: int):
+    """The usual start of a VQ-VAE: a small codebook beside long vectors."""
+    library, (z, codebook, exact) = library_named(name), _long_beside_a_small_codebook(width)
     arrays = library.to(z), library.to(codebook)
     found = library.back(dq.nearest(*arrays))
     before = dq.set_optional_kernels(False)

@@ -1,8 +1,9 @@
-"""JAX under its settings: every public call gives NumPy's numbers, forward and gradients, and raises nothing."""
+"""JAX under its settings: every public call gives NumPy's numbers, forward and gradients, and raises nothing.
+
+The table of capabilities is tried under the settings that raise and change no number, so those are not tried again.
+"""
 
 from __future__ import annotations
-
-import contextlib
 
 import numpy as np
 import pytest
@@ -10,21 +11,14 @@ import pytest
 import diveq_core as dq
 from capabilities import cell
 from capability_rows import ESTIMATORS, ROWS
-from libraries import library_named
+from libraries import jax_checked, library_named
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
 
-@contextlib.contextmanager
-def _checked():
-    """All that raise and change no number, which so are compiled for once."""
-    with jax.numpy_rank_promotion("raise"), jax.debug_nans(True), jax.debug_infs(True):
-        yield
-
-
 SETTINGS = {
-    "checked": _checked,
+    "checked": jax_checked,
     "disable_jit": jax.disable_jit,
     "enable_x64": lambda: jax.enable_x64(True),
     "checking_leaks": jax.checking_leaks,
@@ -41,7 +35,6 @@ def _strict_promotion():
 @pytest.mark.parametrize(
     "setting",
     [
-        "checked",
         "disable_jit",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("enable_x64", "checking_leaks")),
     ],

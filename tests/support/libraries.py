@@ -143,6 +143,15 @@ def standard_promotion() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if jax is None else jax.numpy_dtype_promotion("standard")
 
 
+@contextlib.contextmanager
+def jax_checked() -> Iterator[None]:
+    """Every setting of JAX that raises and changes no number."""
+    import jax
+
+    with jax.numpy_rank_promotion("raise"), jax.debug_nans(True), jax.debug_infs(True):
+        yield
+
+
 def generators(name: str, seed: int) -> Any:
     """The library's own generator or key."""
     if name in ("numpy", "array_api_strict"):

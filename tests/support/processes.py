@@ -9,11 +9,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+# Another process is writing just this program to the folder that JAX compiles to, so it is compiled again.
+_UNREAD = "Error reading persistent compilation cache entry"
+
 
 def run_python(code: str, *arguments: str) -> str:
     """Output of Python code in a fresh process, whose warnings are errors."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
+        [sys.executable, "-W", "error", "-W", f"ignore:{_UNREAD}", "-c", textwrap.dedent(code), *arguments],
         capture_output=True,
         text=True,
         check=False,

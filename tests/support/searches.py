@@ -11,12 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # What searches besides each library's own choice, (library, what is switched off): NumPy has a way for few vectors,
-# and after it faiss.
+# and after it faiss; torch on a CPU has NumPy's ways, and of many vectors a product of its own.
 PATHS = {
     "numpy of many": ("numpy", ["few"]),
     "numpy without faiss": ("numpy", ["few", "faiss"]),
-    "torch of many": ("torch", ["few"]),
-    "torch without faiss": ("torch", ["few", "faiss"]),
+    "torch without faiss": ("torch", ["few", "faiss", "NumPy's product"]),
     "torch by product": ("torch", ["numpy"]),
 }
 
@@ -28,6 +27,8 @@ def replace(path: str, setattr: Callable[[Any, str, Any], None] = setattr) -> No
             setattr(importlib.import_module("diveq_numpy.few"), "ROWS", 0)
         elif switched_off == "faiss":
             setattr(importlib.import_module("diveq_numpy.search"), "_faiss", lambda: None)
+        elif switched_off == "NumPy's product":
+            setattr(importlib.import_module("diveq_torch.search"), "_UNTHREADED", 0)
         else:
             here, lib = (importlib.import_module(name) for name in ("diveq_torch.search", "diveq_torch"))
             product = here._nearest_by_product

@@ -362,6 +362,9 @@ TRANSFORMATIONS: dict[str, Callable[[str], None]] = {
 }
 """Each raises where it does not hold."""
 
+ON_DEVICES = ("jax: explicit mesh", "jax: shard_map")
+"""Those that spread rows over devices; the tests try them where there are five, in a process of its own."""
+
 
 def transformed(name: str, transformation: str) -> str:
     """``yes``, after trying it."""
