@@ -49,4 +49,28 @@ MUTANTS = (
         "x = jnp.maximum(x, jnp.asarray(0, x.dtype))",
         "test_compose_dtypes.py out_of_range and jax and uint32",
     ),
+    Mutant(
+        "JAX's layers: a codebook that may change loses its gradient",
+        "new[name] + (state[name] - held[name])",
+        "new[name] + 0 * state[name]",
+        "test_flax.py called_twice",
+    ),
+    Mutant(
+        "JAX's layers: nothing is summed over the axis",
+        "lambda x: jax.lax.psum(x, axis_name)",
+        "lambda x: jax.lax.pmax(x, axis_name)",
+        "test_flax.py under_vmap",
+    ),
+    Mutant(
+        "JAX's layers: what a step changed of a parameter is forgotten",
+        "stays, shift = new[name] == held[name],",
+        "stays, shift = new[name] == new[name],",
+        "test_equinox.py first_batch",
+    ),
+    Mutant(
+        "JAX's layers: replaced between the schedule's steps",
+        'due = (held["steps"] + 1) % settings.replace_every == 0',
+        'due = held["steps"] % settings.replace_every == 0',
+        "test_equinox.py replaced_by_the_step",
+    ),
 )
