@@ -1,4 +1,4 @@
-"""Examples in README.md, docs/ and the docstrings of diveq_core run as tests."""
+"""Examples in README.md, docs/ and the docstrings of diveq_core and its backends run as tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from sybil import Document, Example, Region
 
-OPTIONAL = ("torch", "jax", "cupy", "mlx", "dask", "array_api_strict", "matplotlib", "sklearn", "typer", "rich")
+OPTIONAL = (
+    *("torch", "jax", "cupy", "mlx", "flax", "equinox", "keras", "safetensors"),
+    *("dask", "array_api_strict", "matplotlib", "sklearn", "typer", "rich"),
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -81,5 +84,5 @@ def standard_promotion() -> Any:
 
 pytest_collect_file = (
     Sybil(parsers=[Guarded(PythonCodeBlockParser()), SkipParser()], patterns=["README.md", "docs/*.md"])
-    + Sybil(parsers=[Guarded(DocTestParser())], patterns=["diveq_core/*.py", "diveq_core/**/*.py"])
+    + Sybil(parsers=[Guarded(DocTestParser())], patterns=["diveq_core/*.py", "diveq_core/**/*.py", "backends/**/*.py"])
 ).pytest()

@@ -14,7 +14,10 @@ from libraries import library_named
 from processes import importable, run_python
 
 ROOT = Path(__file__).parent.parent
-OTHERS = ["torch", "jax", "cupy", "mlx", "dask", "matplotlib", "typer", "rich", "sklearn"]
+OTHERS = [
+    *("torch", "jax", "cupy", "mlx", "flax", "equinox", "keras", "safetensors"),
+    *("dask", "matplotlib", "typer", "rich", "sklearn"),
+]
 
 QUANTIZE = """
 def quantize(z, codebook):
