@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from diveq_core.arrays.checks import checked_count, checked_number
@@ -149,6 +150,9 @@ class Settings:
             )
         self._check_sizes(name)
         self._check_together(name)
+        # Now, since a compiler that traces a step can read what an instance holds and not add to it.
+        for derived in ("weights", "quantizer", "hard", "parts", "codebooks", "shapes", "parameters", "buffers"):
+            getattr(self, derived)
 
     def _set(self, field: str, value: Any) -> None:
         object.__setattr__(self, field, value)
@@ -236,12 +240,12 @@ class Settings:
         """Whether affine maps stand before and after."""
         return self.codebook_dim is not None
 
-    @property
+    @cached_property
     def quantizer(self) -> Quantizer:
         """What quantizes in training: the estimator in its heads and stages."""
         return self._assembled(self.estimator)
 
-    @property
+    @cached_property
     def hard(self) -> Quantizer:
         """What quantizes in evaluation, where codewords are chosen by distance."""
         return self._assembled(STE()) if self.has_codebook else self.quantizer
@@ -250,7 +254,7 @@ class Settings:
         inner = Residual(estimator, self.stages) if self.stages > 1 else estimator
         return Product(inner, self.heads) if self.heads > 1 else inner
 
-    @property
+    @cached_property
     def weights(self) -> tuple[float, float]:
         """The weights of codebook loss and commitment loss."""
         alone = self.has_codebook and not self.takes_logits and not getattr(self.estimator, "trains_codebook", True)
@@ -260,7 +264,7 @@ class Settings:
             return codebook, self.commitment_weight
         return codebook, 0.25 if alone else 0.0
 
-    @property
+    @cached_property
     def parts(self) -> list[Shape]:
         """Of each part the head and the stage, as far as there are several."""
         heads = range(self.heads) if self.heads > 1 else [None]
@@ -271,19 +275,19 @@ class Settings:
         """Where the codebook of a part is: its place along the first axes of the codebook."""
         return part[1:] if self.shared else part
 
-    @property
+    @cached_property
     def codebooks(self) -> list[Shape]:
         """The places of all codebooks."""
         return list(dict.fromkeys(self.own(part) for part in self.parts))
 
-    @property
+    @cached_property
     def codebook_shape(self) -> Shape:
         """(K, D), with axes for heads and stages before."""
         assert self.codebook_size is not None
         axes = [count for count in (self.heads, self.stages) if count > 1]
         return (*axes[1 if self.shared else 0 :], self.codebook_size, self.width // self.heads)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, Shape]:
         """The shape of each array of the state."""
         shapes: dict[str, Shape] = {}
@@ -313,7 +317,7 @@ class Settings:
         """Whether the first batch in training makes the first codebook."""
         return self.has_codebook and not self.takes_logits and self.init != "normal"
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[str, ...]:
         """The arrays of the state that gradients train."""
         names = {"in_weight", "in_bias", "out_weight", "out_bias"}
@@ -323,7 +327,7 @@ class Settings:
             names |= {"weight", "embedding"} if self.linear_factors == "both" else {self.linear_factors}
         return tuple(name for name in self.shapes if name in names)
 
-    @property
+    @cached_property
     def buffers(self) -> tuple[str, ...]:
         """The others."""
         return tuple(name for name in self.shapes if name not in self.parameters)
