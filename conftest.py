@@ -18,7 +18,19 @@ if TYPE_CHECKING:
 
     from sybil import Document, Example, Region
 
-OPTIONAL = ("torch", "jax", "cupy", "mlx", "dask", "array_api_strict", "matplotlib", "sklearn", "typer", "rich")
+OPTIONAL = (
+    "torch",
+    "jax",
+    "cupy",
+    "mlx",
+    "keras",
+    "dask",
+    "array_api_strict",
+    "matplotlib",
+    "sklearn",
+    "typer",
+    "rich",
+)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -14,7 +14,7 @@ from libraries import library_named
 from processes import importable, run_python
 
 ROOT = Path(__file__).parent.parent
-OTHERS = ["torch", "jax", "cupy", "mlx", "dask", "matplotlib", "typer", "rich", "sklearn"]
+OTHERS = ["torch", "jax", "cupy", "mlx", "keras", "dask", "matplotlib", "typer", "rich", "sklearn"]
 
 QUANTIZE = """
 def quantize(z, codebook):
@@ -46,7 +46,7 @@ def test_importing_the_core_imports_no_backend():
     code = "import diveq_core, sys; print([name for name in sys.modules if name.startswith('diveq_')])"
     names = run_python(code)
     assert "diveq_core" in names
-    assert not any(f"diveq_{name}" in names for name in ("numpy", "torch", "jax", "cupy", "mlx"))
+    assert not any(f"diveq_{name}" in names for name in ("numpy", "torch", "jax", "cupy", "mlx", "keras"))
 
 
 @pytest.mark.parametrize(
