@@ -212,9 +212,7 @@ class VectorQuantizer(Layer, keras.layers.Layer):
         for name in self.settings.buffers:
             self._held[name].assign(new[name])
         if self._moved is not None:
-            first, moved = self._held[self._table].value, self._moved.value
-            same = new[self._table] == first + moved
-            self._held[self._table].assign(ops.where(same, first, new[self._table] - moved))
+            self._held[self._table].assign(new[self._table] - self._moved.value)
 
     def _normal(self, width: int) -> Any:
         """Standard normal numbers for each codeword."""

@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "noise": {"estimator": dq.DiVeQ()},
     "averages": {"estimator": dq.STE(), "codebook_update": "ema", "ema_decay": 0.5},
     "linear": {"estimator": dq.STE(), "codebook_update": "linear", "linear_factors": "both"},
+    "one factor": {"estimator": dq.STE(), "codebook_update": "linear"},
     "heads and stages": {"estimator": dq.STE(), "heads": 2, "stages": 2},
     "images, narrow": {"estimator": dq.STE(), "channel_axis": 1, "codebook_dim": 4, "not_finite": "skip"},
     "levels": {"estimator": dq.FSQ([5, 5, 5])},
