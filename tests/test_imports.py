@@ -49,7 +49,7 @@ def test_importing_the_core_imports_no_backend():
     code = "import diveq_core, sys; print([name for name in sys.modules if name.startswith('diveq_')])"
     names = run_python(code)
     assert "diveq_core" in names
-    assert not any(f"diveq_{name}" in names for name in ("numpy", "torch", "jax", "cupy", "mlx"))
+    assert not any(f"diveq_{name}" in names for name in ("numpy", "torch", "jax", "cupy", "mlx", "keras"))
 
 
 @pytest.mark.parametrize(

@@ -144,4 +144,29 @@ MUTANTS = (
         'if field.name in ("dim", "codebook_size", "estimator")',
         "test_files.py settings_are_read",
     ),
+    Mutant(
+        "layer in MLX: no gradient for a codebook that the step begins",
+        "begun[name] = mx.stop_gradient(begun[name]) + (state[name] - mx.stop_gradient(state[name]))",
+        "begun[name] = mx.stop_gradient(begun[name])",
+        "test_mlx_nn.py gradient_reaches",
+    ),
+    Mutant(
+        "layer in MLX: unfreezing a model trains averages",
+        "self.update(self.names)",
+        "pass",
+        "test_mlx_nn.py stays_frozen",
+        within="_Frozen.clear",
+    ),
+    Mutant(
+        "layer in Keras: replacement forgets what training moved",
+        "assign(new[self._table] - self._moved.value)",
+        "assign(new[self._table])",
+        "test_keras.py replacement_moves",
+    ),
+    Mutant(
+        "layer in Keras: a codebook that is set keeps what training moved",
+        "self._moved.assign(ops.zeros_like(self._moved.value))",
+        "pass",
+        "test_keras.py codebook_can_be_set",
+    ),
 )
