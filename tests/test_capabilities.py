@@ -11,6 +11,7 @@ import pytest
 import diveq_core as dq
 from capabilities import PAGE, cell, known_cells
 from capability_rows import ESTIMATORS, ROWS
+from layer_drivers import DRIVERS, KERAS_WARNS, KINDS, driver_named, layer_cell
 from libraries import jax_checked, library_named
 from transformations import ON_DEVICES, TRANSFORMATIONS, transformed
 
@@ -22,7 +23,7 @@ WRITTEN = PAGE.read_text(encoding="utf-8")
 # Words of the cells, what one derives from, what is given to a call rather than called, and what takes no array.
 NO_ROW = {
     *("quantize", "vjp", "jvp", "decode", "Backend", "Quantizer", "Estimator", "Radius", "register"),
-    *("optional_kernels", "set_optional_kernels"),
+    *("optional_kernels", "set_optional_kernels", "layers"),
 }
 
 
@@ -43,7 +44,17 @@ def test_the_documented_transformation_is_what_was_tried(name: str, transformati
     assert written == transformed(name, transformation), "run python tests/support/capabilities.py"
 
 
+@KERAS_WARNS
+@pytest.mark.parametrize("framework", DRIVERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_documented_layer_is_what_was_tried(kind: str, framework: str) -> None:
+    driver_named(framework)
+    written = known_cells(WRITTEN, 2)[kind][framework]
+    assert written == ", ".join(layer_cell(framework, kind)), "run python tests/support/capabilities.py"
+
+
 def test_the_page_has_every_row() -> None:
+    assert set(known_cells(WRITTEN, 2)) == set(KINDS)
     assert set(known_cells(WRITTEN)) == set(ROWS)
     assert set(known_cells(WRITTEN, 1)) == set(ESTIMATORS)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from capability_rows import ESTIMATORS, ROWS, Row, listed
+from layer_drivers import DRIVERS, KINDS, driver_named, layer_cell
 from libraries import LIBRARIES, Library
 from transformations import TRANSFORMATIONS, transformed
 
@@ -113,6 +114,13 @@ def page(before: str) -> str:
             return known_transformations.get(name, {}).get(head, "not run")
         return transformed(name, head)
 
+    def tried_layer(kind: str, head: str) -> str:
+        try:
+            driver_named(head)
+        except pytest.skip.Exception:
+            return known_cells(before, 2).get(kind, {}).get(head, "not run")
+        return ", ".join(layer_cell(head, kind))
+
     return "\n".join(
         [
             "# What works where",
@@ -133,6 +141,14 @@ def page(before: str) -> str:
             "`FSDP2` is `fully_shard` of a module with the codebook as its parameter, in a group of one process.",
             "",
             *_table("estimator", ESTIMATORS, list(TRANSFORMATIONS), tried_transformation),
+            "",
+            "## Layers",
+            "",
+            "`train` is two steps in training, after which all is finite; `evaluate`, that the output is what its",
+            "tokens decode to, bit for bit, and no state changes; `file`, that NumPy's layer reads its file and gives",
+            "the same tokens. Keras is on PyTorch here.",
+            "",
+            *_table("layer", KINDS, list(DRIVERS), tried_layer),
             "",
         ]
     )
