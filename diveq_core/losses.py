@@ -150,6 +150,7 @@ def codebook_loss_vjp(
     array([[0., 2.]])
     """
     call = _Loss("codebook_loss_vjp", z, codebook, indices, mask)
+    z = call.lib.stop_gradient(z)
     loss, words = call.value(z, codebook), call.lib.snapshot(codebook)
 
     def pullback(g: Array, /) -> Array:
@@ -194,6 +195,7 @@ def commitment_loss_vjp(
     array([[ 0., -2.]])
     """
     call = _Loss("commitment_loss_vjp", z, codebook, indices, mask)
+    codebook = call.lib.stop_gradient(codebook)
     loss, words = call.value(z, codebook), call.lib.snapshot(codebook)
 
     def pullback(g: Array, /) -> Array:

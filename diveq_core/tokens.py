@@ -9,6 +9,7 @@ from diveq_core.arrays.checks import (
     check_codebook,
     check_floating,
     check_pair,
+    checked_dtype,
     checked_indices,
     flat_rows,
     refuse_not_finite,
@@ -176,6 +177,4 @@ def decode(indices: Array, codebook: Array | None, /, estimator: Quantizer, *, d
     if dtype is None:
         held = lib.xp.float32 if codebook is None else codebook.dtype
         dtype = lib.compute_dtype(held) if estimator.sums else held
-    decoded = estimator.decode(lib, indices, codebook, dtype)
-    check_floating(lib, "decode", dtype=decoded)
-    return decoded
+    return estimator.decode(lib, indices, codebook, checked_dtype(lib, "decode", dtype))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
+from diveq_core import layers
 from libraries import Library, library_named
 
 K, D = 4, 3
@@ -52,6 +53,40 @@ def test_not_real_floating(library: Library, verb, name: str, dtype: str):
     with pytest.raises(TypeError) as error:
         verb(*(library.to(x) for x in arguments.values()))
     assert_says(error, verb.__name__, f"{name} must have a real floating dtype", dtype)
+
+
+@pytest.mark.parametrize("name", ["torch", "jax"])
+def test_eight_bits_are_no_named_dtype(name: str):
+    library = library_named(name)
+    if name == "torch":
+        import torch
+
+        kind = torch.float8_e4m3fn
+    else:
+        import jax
+
+        kind = jax.numpy.float8_e4m3fn
+    eight = library.cast(library.to(Z), kind)
+    for verb in VERBS:
+        with pytest.raises(TypeError) as error:
+            verb(eight, library.to(CODEBOOK))
+        assert_says(error, verb.__name__, "z must have a real floating dtype", "float8_e4m3fn")
+    with pytest.raises(TypeError) as error:
+        dq.decode(library.to(np.array([0])), library.to(CODEBOOK), dq.STE(), dtype=kind)
+    assert_says(error, "decode", "dtype must have a real floating dtype", "float8_e4m3fn")
+
+
+@pytest.mark.parametrize("dtype", ["foo", "complex64", "int32", 3, object()], ids=lambda x: type(x).__name__)
+def test_dtype_of_decoded_vectors(library: Library, dtype: object):
+    indices, codebook = library.to(np.array([0, 1])), library.to(CODEBOOK)
+    of_layer = layers.Settings(D, K, dq.STE())
+    state = layers.init(of_layer, codebook, noise=library.to(np.ones(layers.noise_size(of_layer), np.float32)))
+    for decode in (
+        lambda: dq.decode(indices, codebook, dq.STE(), dtype=dtype),
+        lambda: layers.decode(of_layer, state, indices, dtype=dtype),
+    ):
+        with pytest.raises(TypeError, match=r"^decode: dtype must (be|have) a real floating dtype .*, got "):
+            decode()
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from diveq_core.estimators.rule import Bindable
 
 
+# Without those of 8 bits and less, which promote with no other.
+_FLOATING = frozenset(np.dtype(x) for x in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64))
+
+
 class JaxBackend(Backend):
     """JAX."""
 
@@ -36,6 +40,9 @@ class JaxBackend(Backend):
             return function(*args, **options)
 
         return call
+
+    def is_floating(self, x: jax.Array) -> bool:
+        return x.dtype in _FLOATING
 
     def as_indices(self, x: jax.Array) -> jax.Array:
         if x.dtype in (jnp.int32, jnp.int64):
@@ -118,6 +125,9 @@ class JaxBackend(Backend):
     def bind(
         self, rule: Bindable, z: jax.Array, codebook: jax.Array, indices: jax.Array, noise: jax.Array | None
     ) -> jax.Array:
+        if not any(isinstance(x, jax.core.Tracer) for x in (z, codebook, indices, noise)):
+            # Nothing is differentiated, and a primitive takes as long as a small rule.
+            return rule.forward(z, codebook, indices, noise)
         return quantize(rule, *sharding.varying(z, codebook, indices, noise))
 
     def log_radius_gradients(

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 # Entries of a block of rows: 2 MiB in float32, so that temporaries stay in cache and dispatch costs little.
 _BLOCK_ENTRIES = 1 << 19
 
+# Without those of 8 bits, in which torch computes nothing.
+_FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
 
 _ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -79,7 +82,7 @@ class TorchBackend(Backend):
         return None if x.layout is torch.strided else f"a tensor of layout {x.layout}"
 
     def is_floating(self, x: torch.Tensor) -> bool:
-        return x.dtype.is_floating_point
+        return x.dtype in _FLOATING
 
     def is_integer(self, x: torch.Tensor) -> bool:
         return not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)

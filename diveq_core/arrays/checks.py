@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diveq_core.arrays.registry import backend_of
 from diveq_core.arrays.rows import describe
@@ -22,6 +22,23 @@ def check_floating(lib: Backend, function: str, **arrays: Array) -> None:
                 f"{function}: {name} must have a real floating dtype (float16, bfloat16, float32 or "
                 f"float64), got {x.dtype}"
             )
+
+
+def checked_dtype(lib: Backend, function: str, dtype: Any, *, name: str = "dtype") -> Any:
+    """The library's own real floating dtype that was meant, by its name say."""
+    own = (getattr(lib.xp, known, None) for known in ("float32", "float64", "float16", "bfloat16"))
+    if any(dtype == known for known in own):
+        return dtype
+    try:
+        # Libraries say in many ways what is no dtype.
+        sample = lib.xp.zeros((0,), dtype=dtype)
+    except Exception as error:
+        raise TypeError(
+            f"{function}: {name} must be a real floating dtype of {lib.name} (float16, bfloat16, float32 or float64), "
+            f"got {dtype!r}"
+        ) from error
+    check_floating(lib, function, **{name: sample})
+    return sample.dtype
 
 
 def check_vectors(function: str, name: str, x: Array) -> None:

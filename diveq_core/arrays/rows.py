@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 Array = Any
 """An array of any supported library."""
 
+# Far within the range of float32, and d over it too.
+_LARGE = 1e15
+
 
 def describe(x: object) -> str:
     """``module.type`` of an object, for error texts."""
@@ -118,6 +121,14 @@ class Direction(NamedTuple):
     def stopped(self, lib: Backend) -> Direction:
         """sg[u]."""
         return Direction(lib.stop_gradient(self.y), lib.stop_gradient(self.inverse))
+
+
+def noised(lib: Backend, d: Array, noise: Array, sigma: float) -> Array:
+    """A vector in the direction of ``d + sigma * noise``, (N, D)."""
+    if sigma > _LARGE:
+        # Divided by sigma, which may itself be out of the dtype's range.
+        return lib.add_scaled(noise, d, 1 / sigma)
+    return lib.add_scaled(d, noise, sigma)
 
 
 def direction(lib: Backend, x: Array) -> tuple[Array, Direction]:

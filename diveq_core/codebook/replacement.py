@@ -97,9 +97,18 @@ def replace_unused(
     Notes
     -----
     With M codewords to replace, the j-th is drawn from the j-th of M equal parts of the cumulative use: each source
-    is drawn in proportion to its use, and none much more often. Each coordinate of a copy is moved by at least a few
-    units in its last place, so that no copy equals its source, as it does where a fixed jitter of 1e-9 vanishes in
-    float32. On several ranks ``z`` is drawn as from the joined batch: one rank has the vector, the others add zeros.
+    is drawn in proportion to its use, and none much more often. On several ranks ``z`` is drawn as from the joined
+    batch: one rank has the vector, the others add zeros.
+
+    Beside the jitter each coordinate of a copy is moved by a few units in the last place of its largest one, so that
+    no copy equals its source, nor another copy of it, as it does where a fixed jitter of 1e-9 vanishes in float32.
+    With :math:`\epsilon` the spacing of the codebook's dtype at 1, and the digits of j in base B,
+
+    .. math:: (4 + 2 \, \text{digit}) \, \epsilon \max_i |x_i|, \qquad j = \sum_i \text{digit}_i B^i, \qquad
+              B = \lceil K^{1/D} \rceil
+
+    which for D = 8 and K = 1024 is at most 8 units, whatever M. In one dimension all copies lie on one line, and M of
+    them take up to 2 M + 2 units; in two, :math:`2 \sqrt K + 2`.
 
     References
     ----------
@@ -166,14 +175,15 @@ def replace_unused(
     deviation = xp.where(deviation > 0, deviation, xp.ones_like(deviation))
 
     e = noise[:, :width]
-    # At least four units in the last place of the largest entry, so that the move survives rounding; four more for
-    # each replacement, so that two of the same source differ.
+    # At least four units in the last place of the largest entry, so that the move survives rounding; two more for each
+    # step of a digit, so that two of the same source differ also where the next binade's units are twice as long.
     info = xp.finfo(codebook.dtype)
     largest = xp.max(xp.abs(sources), axis=1, keepdims=True)
     smallest = xp.full_like(largest, float(info.smallest_normal))
     # A copy of zeros moves by the smallest normal number.
-    unit = xp.where(largest == 0, smallest, 4 * float(info.eps) * larger(lib, largest, smallest)) * order[:, None]
-    step = jitter * deviation * e + xp.where(e < 0, -unit, unit)
+    unit = xp.where(largest == 0, smallest, float(info.eps) * larger(lib, largest, smallest))
+    least = (4 + 2 * _digits(lib, order - number, width)) * unit
+    step = jitter * deviation * e + xp.where(e < 0, -least, least)
     if not isinstance(jitter, float):
         step = xp.where(jitter > 0, step, xp.zeros_like(e))
     elif jitter == 0:
@@ -188,6 +198,19 @@ def replace_unused(
         counts = xp.where(replaced, xp.zeros_like(state.counts), state.counts)
         state = EMAState(counts, xp.where(at, lib.astype(new, dtype), state.means))
     return Replaced(xp.where(at, new, codebook), state, replaced)
+
+
+def _digits(lib: Backend, numbers: Array, width: int) -> Array:
+    """So many digits of each of the whole numbers in [0, K), (K,), in the lowest base in which they differ, (K, D)."""
+    xp, count = lib.xp, numbers.shape[0]
+    base = max(math.ceil(count ** (1 / width)) - 1, 1)
+    while base**width < count:
+        base += 1
+    # What stands above every number would leave the integers' range.
+    places = [min(base**position, count) for position in range(width)]
+    rows = xp.astype(numbers, xp.int32)[:, None]
+    digits = rows // xp.asarray([places], dtype=rows.dtype, **lib.place(rows)) % base
+    return lib.astype(digits, numbers.dtype)
 
 
 def _countable(lib: Backend, n: Array) -> Array:

@@ -82,11 +82,11 @@ class OneCall(NamedTuple):
                 g_z = lib.copy(g_z)
             return g_z if g_z.ndim == g.ndim else lib.xp.reshape(g_z, (*self.batch, z.shape[1])), g_codebook
 
-        return self._shaped(few[0] if few else rule.forward(z, self.codebook, self.chosen, noise)), pullback
+        return self._shaped(few[0] if few else self._value()), pullback
 
     def jvp(self, dz: Array, dcodebook: Any) -> tuple[Quantized, Array]:
         lib, rows = self.lib, flat_rows(self.lib, dz)
-        out = self._shaped(self.rule.forward(self.z, self.codebook, self.chosen, self.noise))
+        out = self._shaped(self._value())
         tangent = self.rule.pushforward(self.z, self.codebook, self.chosen, self.noise, rows, dcodebook)
         if tangent is rows:
             tangent = lib.copy(tangent)
@@ -94,6 +94,14 @@ class OneCall(NamedTuple):
 
     def seen(self) -> list[Array]:
         return [self.z]
+
+    def _value(self) -> Array:
+        """The output, by the rule wherever its own derivative may be asked for."""
+        lib, rule, z, codebook = self.lib, self.rule, self.z, self.codebook
+        # That of the forward pass is another: of a gathered codeword, the gather's.
+        if lib.records(z) if codebook is None else lib.records(z, codebook):
+            return lib.bind(rule, z, codebook, self.chosen, self.noise)
+        return rule.forward(z, codebook, self.chosen, self.noise)
 
     def _shaped(self, z_q: Array) -> Quantized:
         if len(self.batch) == 1:

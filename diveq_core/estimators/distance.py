@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.rows import Array, Direction, check_option
+from diveq_core.arrays.rows import Array, Direction, check_option, noised
 from diveq_core.estimators.base import Estimator
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class DiVeQ(_Distance):
         return self.sigma == 0
 
     def w(self, lib: Backend, d: Array, u: Direction, noise: Array | None) -> Direction:
-        return u if noise is None else lib.direction(lib.add_scaled(d, noise, self.sigma))[1]
+        return u if noise is None else lib.direction(noised(lib, d, noise, self.sigma))[1]
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ class GumbelRule:
 
     def _centred(self, y: Array, x: Array) -> Array:
         """``(diag y - y y^T) x / tau``: symmetric, so it serves both directions."""
-        return y * (x - self.lib.dot(y, x)) / self.estimator.temperature
+        return y * (x - self.lib.dot(y, x)) / self._temperature(x)
 
     def _live(self, y: Array, indices: Array) -> Array:
         """``y - sg[y]``: nothing in value, but the derivative of y, which the next order of derivative asks for."""
@@ -169,8 +169,12 @@ class GumbelRule:
         shifted = lib.astype(logits, dtype) + lib.astype(noise, dtype)
         # Before the division by tau, which might overflow; a common shift changes no y, nor its derivatives.
         shifted = shifted - lib.stop_gradient(xp.max(shifted, axis=-1, keepdims=True))
-        powers = xp.exp(shifted / self.estimator.temperature)
+        powers = xp.exp(shifted / self._temperature(shifted))
         return powers / xp.sum(powers, axis=-1, keepdims=True)
+
+    def _temperature(self, x: Array) -> float:
+        """The temperature, which in the dtype of ``x`` would be zero below its normal numbers."""
+        return max(self.estimator.temperature, float(self.lib.xp.finfo(x.dtype).smallest_normal))
 
     def _dtype(self, logits: Array, codebook: Array) -> Any:
         return self.lib.compute_dtype(self.lib.result_dtype(logits, codebook))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diveq_core.arrays.checks import check_floating, check_shape
 from diveq_core.arrays.draws import uniform
 from diveq_core.arrays.registry import backend_of
-from diveq_core.arrays.rows import Array, Direction, check_option, describe, side_by_side
+from diveq_core.arrays.rows import Array, Direction, check_option, describe, noised, side_by_side
 from diveq_core.estimators.base import Estimator
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ class _SpaceFilling(Estimator):
         """The fixed directions w_1 and w_2."""
         if self.noisy:
             width = d[0].shape[1]
-            d = d[0] + self.sigma * noise[:, 1 : 1 + width], d[1] + self.sigma * noise[:, 1 + width :]
+            ends = noise[:, 1 : 1 + width], noise[:, 1 + width :]
+            d = noised(lib, d[0], ends[0], self.sigma), noised(lib, d[1], ends[1], self.sigma)
         w_1, w_2 = (lib.direction(x)[1].stopped(lib) for x in d)
         return w_1, w_2
 

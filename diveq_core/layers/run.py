@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import check_floating, check_like, check_shape
+from diveq_core.arrays.checks import check_floating, check_like, check_shape, checked_dtype
 from diveq_core.arrays.draws import uniform
 from diveq_core.arrays.registry import backend_of
 from diveq_core.arrays.rows import describe
@@ -243,6 +243,7 @@ def decoded(settings: Settings, state: State, indices: Any, dtype: Any) -> Array
     """Vectors from tokens, along the channel axis."""
     lib, arrays = checked_state("decode", settings, state)
     lib = lib or backend_of("decode", indices=indices)
+    dtype = None if dtype is None else checked_dtype(lib, "decode", dtype)
     book, _ = words(lib, settings, arrays)
     if settings.on_curve:
         if not isinstance(indices, Point):

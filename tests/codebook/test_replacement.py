@@ -74,6 +74,51 @@ def test_copies_are_never_exact(seed: int, exponent: int, offset: float):
     np.testing.assert_array_equal(dq.nearest(replaced.codebook, replaced.codebook), np.arange(8))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_copies_are_near_their_source_however_many(library: Library, dtype: str, offset: float):
+    if (dtype == "float16" and not library.float16) or (dtype == "bfloat16" and library.bfloat16 is None):
+        pytest.skip(f"{library.name} has no {dtype}")
+    to_dtype = library.bfloat16 if dtype == "bfloat16" else library.to(np.zeros(1, dtype)).dtype
+    codebook = library.cast(library.to(normal32(1024, 8) + np.float32(offset)), to_dtype)
+    given = library.back(codebook).astype(np.float64)
+    noise, eps = normal32(1024, 10, seed=1), 2.0**-7 if dtype == "bfloat16" else float(np.finfo(dtype).eps)
+    units = eps * np.abs(given).max(axis=1)
+    # One source of all the others, and several.
+    for used in (1, 64):
+        counts = library.to((np.arange(1024) < used).astype(np.float32))
+        for jitter in (1e-9, 0.01):
+            replaced = dq.replace_unused(codebook, counts, noise=library.to(noise), jitter=jitter)
+            new = library.back(replaced.codebook).astype(np.float64)
+            assert len(np.unique(new[used:], axis=0)) == 1024 - used
+            moves = np.abs(new[used:, None] - given[:used])
+            assert moves.max(axis=-1).min(axis=1).min() > 0
+            # The deviation of a single source is its size. Four digits' steps of two units, and rounding.
+            deviation = np.abs(given).max() if used == 1 else np.abs(given - given.mean(axis=0)).max()
+            allowed = jitter * deviation * np.abs(noise[used:, None, :8]) + 9.5 * units[:used, None]
+            assert (moves <= allowed).all(axis=-1).any(axis=1).all()
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_copies_in_few_dimensions_are_as_near_as_their_number_allows(width: int):
+    codebook, counts = np.ones((64, width), np.float32), np.zeros(64, np.float32)
+    counts[0] = 1
+    new = dq.replace_unused(codebook, counts, noise=normal32(64, width + 2), jitter=1e-9).codebook
+    assert len(np.unique(new, axis=0)) == 64
+    furthest = 2 * 63 + 2 if width == 1 else 2 * 8 + 2
+    assert np.abs(new - 1).max() <= (furthest + 0.5) * np.finfo(np.float32).eps
+
+
+def test_copies_differ_next_to_the_largest_number(library: Library):
+    if library.bfloat16 is None:
+        pytest.skip(f"{library.name} has no bfloat16")
+    codebook = library.cast(library.to(np.full((64, 4), 3.38e38, np.float32)), library.bfloat16)
+    counts, noise = library.to((np.arange(64) < 1).astype(np.float32)), library.to(normal32(64, 6))
+    new = library.back(dq.replace_unused(codebook, counts, noise=noise, jitter=1e-9).codebook)
+    assert np.isfinite(new).all()
+    assert len(np.unique(new, axis=0)) == 64
+
+
 def test_thresholds(library: Library):
     _, codebook = batch(count=4)
     for threshold, expected in [(0.0, [0, 0, 0, 1]), (0.1, [0, 0, 1, 1]), (0.5, [0, 1, 1, 1])]:

@@ -368,3 +368,27 @@ def test_same_noise_gives_the_same_numbers_everywhere(library: Library, p: Probl
             results.append(dict(zip(("z_q", "g_z", "g_codebook"), (out.z_q, *pullback(x["g"])), strict=True)))
         for name, value in results[0].items():
             assert_within(value, results[1][name], want[name], "float32", library, ROUNDINGS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_noise_beyond_all_bounds_is_noise_substitution(library: Library, dtype: str) -> None:
+    """DiVeQ tends to NSVQ, also where sigma is out of the dtype's range; space-filling DiVeQ likewise."""
+    if dtype == "float64" and not library.float64:
+        pytest.skip(f"{library.name} has no float64")
+    rng = np.random.default_rng(0)
+    shapes = (5, 4), (6, 4), (5, 4), (2, 5, 4), (5, 4)
+    with precision(library, dtype):
+        z, codebook, noise, ends, g = (library.to(rng.standard_normal(s).astype(dtype)) for s in shapes)
+        curve = dq.CurveNoise(library.to(rng.random(5).astype(dtype)), ends)
+
+        def found(estimator: dq.Estimator, noise: Any) -> list[np.ndarray]:
+            out, pullback = dq.vjp(z, codebook, estimator, noise=noise)
+            return [library.back(x) for x in (out.z_q, *pullback(g))]
+
+        limit, far = found(dq.NSVQ(), noise), found(dq.SFDiVeQ(sigma=1e8), curve)
+        for sigma in (1e14, 1e16, 1e30, 1e308):
+            # Of order one, and from the limit as far as the error over sigma.
+            for a, b in zip(found(dq.DiVeQ(sigma=sigma), noise), limit, strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=100 * EPS[dtype] + 100 / sigma)
+            for a, b in zip(found(dq.SFDiVeQ(sigma=sigma), curve), far, strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=100 * EPS[dtype] + 1e-6)

@@ -172,7 +172,7 @@ def test_extremes_are_finite(library: Library) -> None:
     logits = np.array([[1e38, -1e38, 0], [1e-38, 0, -1e-38], [2, 2, 2], [np.nan, 0, 1]], np.float32)
     codebook = np.array([[1.0, 2.0], [3.0, 5.0], [7.0, 11.0]], np.float32)
     noise = library.to(np.zeros_like(logits))
-    for tau in (1.0, 1e30):
+    for tau in (1.0, 1e30, 1e308, 1e-308):
         out, pullback = dq.vjp(
             library.to(logits), library.to(codebook), dq.GumbelST(tau), noise=noise, check_finite=False
         )
@@ -180,6 +180,10 @@ def test_extremes_are_finite(library: Library) -> None:
         np.testing.assert_array_equal(library.back(out.z_q)[:3], codebook[[0, 0, 0]])
         assert np.all(np.isnan(library.back(out.z_q)[3]))
         g_logits = library.back(pullback(library.to(np.ones((4, 2), np.float32)))[0])
+        # Infinite where the derivative is, but never NaN.
+        assert not np.any(np.isnan(g_logits[:3]))
+        if tau < 1.0:
+            np.testing.assert_array_equal(g_logits[0], 0)
         if tau == 1.0:
             assert np.all(np.isfinite(g_logits[:3]))
             np.testing.assert_array_equal(g_logits[0], 0)

@@ -73,9 +73,27 @@ MUTANTS = (
     ),
     Mutant(
         "replacement: the published jitter",
-        "jitter * deviation * e + xp.where(e < 0, -unit, unit)",
+        "jitter * deviation * e + xp.where(e < 0, -least, least)",
         "1e-9 * e",
         "test_replacement.py never_exact",
+    ),
+    Mutant(
+        "replacement: the step grows with the number of copies",
+        "(4 + 2 * _digits(lib, order - number, width))",
+        "4 * order[:, None]",
+        "test_replacement.py however_many and numpy",
+    ),
+    Mutant(
+        "replacement: copies of one source are moved alike",
+        "(4 + 2 * _digits(lib, order - number, width))",
+        "(4 + 0 * _digits(lib, order - number, width))",
+        "test_replacement.py however_many and numpy",
+    ),
+    Mutant(
+        "replacement: digits a unit apart",
+        "(4 + 2 * _digits(lib, order - number, width))",
+        "(4 + _digits(lib, order - number, width) / 2)",
+        "test_replacement.py few_dimensions",
     ),
     Mutant(
         "replacement: used codewords alike",

@@ -47,6 +47,18 @@ MUTANTS = (
     Mutant("distance: dz lost", "w.added_to(lib, dz, u.dot", "w.added_to(lib, 0 * dz, u.dot", verbs("DiVeQ or NSVQ")),
     Mutant("DiVeQ: sigma squared", "d, noise, self.sigma)", "d, noise, self.sigma**2)", verbs("DiVeQ")),
     Mutant("DiVeQ: noise subtracted", "d, noise, self.sigma)", "d, noise, -self.sigma)", verbs("DiVeQ")),
+    Mutant(
+        "DiVeQ: a sigma beyond the dtype's range",
+        "if sigma > _LARGE:",
+        "if sigma < 0:",
+        "test_estimators.py beyond_all_bounds and numpy",
+    ),
+    Mutant(
+        "DiVeQ: the error divided by no sigma",
+        "lib.add_scaled(noise, d, 1 / sigma)",
+        "lib.add_scaled(noise, d, 1.0)",
+        "test_estimators.py beyond_all_bounds and numpy",
+    ),
     Mutant("DiVeQ: no noise", "d, noise, self.sigma)", "d, noise, 0.0)", verbs("DiVeQ")),
     Mutant(
         "distance: rho lost",

@@ -13,9 +13,15 @@ MUTANTS = (
     ),
     Mutant(
         "Gumbel: temperature lost",
-        "y * (x - self.lib.dot(y, x)) / self.estimator.temperature",
+        "y * (x - self.lib.dot(y, x)) / self._temperature(x)",
         "y * (x - self.lib.dot(y, x))",
         "test_gumbel.py torch",
+    ),
+    Mutant(
+        "Gumbel: a temperature that its dtype rounds to zero",
+        "max(self.estimator.temperature, float(self.lib.xp.finfo(x.dtype).smallest_normal))",
+        "self.estimator.temperature",
+        "test_gumbel.py extremes and numpy",
     ),
     Mutant(
         "Gumbel: a row that is not finite in the codebook's gradient",

@@ -43,4 +43,16 @@ MUTANTS = (
         "call.value(z, codebook)",
         "test_losses.py both_orders and torch",
     ),
+    Mutant(
+        "codebook loss: the vectors are live beside the pullback",
+        "z = call.lib.stop_gradient(z)",
+        "pass",
+        "test_values_beside_pullbacks.py losses and torch",
+    ),
+    Mutant(
+        "commitment loss: the codewords are live beside the pullback",
+        "codebook = call.lib.stop_gradient(codebook)",
+        "pass",
+        "test_values_beside_pullbacks.py losses and torch",
+    ),
 )
