@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 OPTIONAL = (
     *("torch", "jax", "cupy", "mlx", "flax", "equinox", "keras", "safetensors"),
     *("dask", "array_api_strict", "matplotlib", "sklearn", "typer", "rich"),
+    *("vector_quantize_pytorch", "diveq"),
 )
 
 
