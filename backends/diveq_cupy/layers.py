@@ -29,7 +29,7 @@ class VectorQuantizer(ExplicitLayer):
     def __init__(
         self,
         dim: int,
-        codebook_size: int | None,
+        codebook_size: int | None = None,
         estimator: Any = DEFAULT,
         *,
         dtype: Any = cupy.float32,

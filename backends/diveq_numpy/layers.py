@@ -43,7 +43,7 @@ class VectorQuantizer(ExplicitLayer):
     def __init__(
         self,
         dim: int,
-        codebook_size: int | None,
+        codebook_size: int | None = None,
         estimator: Any = DEFAULT,
         *,
         dtype: Any = np.float32,

@@ -11,6 +11,7 @@ from torch import nn
 from torch._C import _functorch
 from torch.utils._pytree import _register_namedtuple
 
+from diveq_core.arrays.rows import describe
 from diveq_core.layers import step, upkeep
 from diveq_core.layers.explicit import DEFAULT
 from diveq_core.layers.layer import Layer, Quantization
@@ -52,6 +53,10 @@ class VectorQuantizer(Layer, nn.Module):
     a step again nothing is counted and nothing updated. No value is read from a device but once, after the first batch
     or after loading.
 
+    A codebook that is frozen by ``requires_grad_(False)`` is not replaced either. In 16 bits, by ``.half()`` say,
+    averages and counts stay in float32. What is drawn for a start and for replacements follows from torch's first seed
+    and the number of the step, so that a resumed run draws the same.
+
     Examples
     --------
     >>> import torch
@@ -89,7 +94,8 @@ class VectorQuantizer(Layer, nn.Module):
                 self.register_buffer(name, x)
         self._pending: Statistics | None = None
         self._number = next(_numbers)
-        self._seed, self._draws = int(torch.randint(1 << 62, (), generator=generator)), 0
+        # Of what is drawn between steps; together with the number of the step it is all that a resumed run needs.
+        self._seed = torch.initial_seed() if generator is None else generator.initial_seed()
         # What the buffers `started` and `steps` hold, known without reading a device; None for not known.
         self._begun: bool | None = None
         self._count: int | None = None
@@ -97,6 +103,10 @@ class VectorQuantizer(Layer, nn.Module):
 
     def held(self) -> State:
         return {name: getattr(self, name) for name in self.settings.shapes}
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, Any]) -> dict[str, Any]:
+        return {"dtype": torch.float64} if any(x.dtype.name == "float64" for x in arrays.values()) else {}
 
     @torch.no_grad()
     def hold(self, state: State) -> None:
@@ -119,6 +129,8 @@ class VectorQuantizer(Layer, nn.Module):
         -------
         Quantization
         """
+        if not isinstance(z, torch.Tensor):
+            raise TypeError(f"VectorQuantizer: z must be a torch.Tensor, got {describe(z)}")
         if not self.training:
             return Quantization.of(step.forward(self.settings, self.held(), z, train=False, mask=mask))
         counts = _counts(z)
@@ -127,9 +139,10 @@ class VectorQuantizer(Layer, nn.Module):
                 self.update()
             self._begin(z, mask)
         state = self.held()
-        if self.settings.replaces and "codewords" in self.settings.parameters:
+        name = _replaced(self.settings)
+        if name is not None:
             # A later update must not reach what this step's backward reads.
-            state["codewords"] = state["codewords"].clone()
+            state[name] = state[name].clone()
         out = step.forward(self.settings, state, z, train=True, mask=mask, noise=noise)
         if counts:
             self._pending = added(self._pending, out.statistics)
@@ -139,7 +152,7 @@ class VectorQuantizer(Layer, nn.Module):
     def start(self, z: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Begin the codebook with vectors of a batch, as the first step in training does."""
         self.begun(self.held(), z, mask)
-        self._begun = None
+        _forget(self)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -148,14 +161,14 @@ class VectorQuantizer(Layer, nn.Module):
         if pending is None or not self.settings.has_codebook:
             return
         if torch.compiler.is_compiling():
-            self._count = None
             _update_layer(self._number, list(self.held().values()), list(pending))
         else:
-            self.updated(self.held(), pending, self._due())
+            self.updated(self.held(), pending)
 
-    def updated(self, state: State, pending: Statistics, replace: bool | None) -> None:
+    def updated(self, state: State, pending: Statistics) -> None:
         """Write to a state what `diveq_core.layers.update` makes of it."""
-        rng = None if replace is False else self._rng()
+        replace = self._due()
+        rng = self._rng(self._count or 0) if replace else None
         options = {"rng": rng, "all_reduce": self._sum(), "replace": replace}
         _write(state, upkeep.update(self.settings, state, pending, **options))
 
@@ -174,7 +187,7 @@ class VectorQuantizer(Layer, nn.Module):
 
     def begun(self, state: State, z: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Write to a state what `diveq_core.layers.start` makes of it."""
-        options = {"mask": mask, "rng": self._rng(), "all_reduce": self._sum()}
+        options = {"mask": mask, "rng": self._rng(0), "all_reduce": self._sum()}
         _write(state, upkeep.start(self.settings, state, z, **options))
 
     def _due(self) -> bool | None:
@@ -182,14 +195,16 @@ class VectorQuantizer(Layer, nn.Module):
         if not self.settings.replaces or self.steps.is_meta:
             return None
         self._count = (int(self.steps) if self._count is None else self._count) + 1
-        return self._count % self.settings.replace_every == 0
+        trained = self._parameters.get("codewords")
+        # A codebook that was frozen stays as it is.
+        frozen = trained is not None and not trained.requires_grad
+        return self._count % self.settings.replace_every == 0 and not frozen
 
-    def _rng(self) -> torch.Generator | None:
-        """A stream for what is drawn between steps: a checkpoint draws a step's noise again, but none of this."""
+    def _rng(self, step: int) -> torch.Generator | None:
+        """A stream for what is drawn after a step: a checkpoint draws a step's noise again, but none of this."""
         if self.steps.is_meta:
             return None
-        self._draws += 1
-        return torch.Generator(self.steps.device).manual_seed(self._seed + self._draws)
+        return torch.Generator(self.steps.device).manual_seed((self._seed + step) % (1 << 63))
 
     def _sum(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Sum over ranks; None where there are none."""
@@ -206,6 +221,10 @@ class VectorQuantizer(Layer, nn.Module):
         return add
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "codebook":
+            # A module's own would take a parameter for one of its own.
+            object.__setattr__(self, name, value)
+            return
         super().__setattr__(name, value)
         if name == "_number":
             _layers[value] = self
@@ -215,7 +234,13 @@ class VectorQuantizer(Layer, nn.Module):
         self._number = next(_numbers)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
+        for name in _WIDE & self._buffers.keys():
+            x = self._buffers[name]
+            if x.dtype in (torch.float16, torch.bfloat16):
+                # What adds up small moves and large counts stays in float32.
+                self._buffers[name] = before[name].to(x.device)
         if self._pending is not None:
             self._pending = Statistics(*(None if x is None else fn(x) for x in self._pending))
         return self
@@ -226,9 +251,18 @@ for _result in (Quantization, Losses, Point):
     _register_namedtuple(_result, serialized_type_name=f"diveq_core.layers.{_result.__name__}")
 
 
+_WIDE = {"averages", "counts", "usage"}
+
+
 def _forget(module: Any, *_: Any) -> None:
-    """Read `started` and `steps` again, when they are next needed."""
-    module._begun = module._count = None
+    """Nothing is known of a state that came from elsewhere, and no statistics are of it."""
+    module._begun = module._count = module._pending = None
+
+
+def _replaced(settings: Settings) -> str | None:
+    """The array that a replacement overwrites and a backward pass reads; None where there is none."""
+    name = "embedding" if settings.codebook_update == "linear" else "codewords"
+    return name if settings.replaces and (name == "embedding" or name in settings.parameters) else None
 
 
 # The layers by a number that an operator can be given.
@@ -242,7 +276,7 @@ def _update_layer(number: int, state: list[torch.Tensor], pending: list[torch.Te
     # A checkpoint that computes a compiled step again runs this again.
     if torch._C._current_graph_task_id() == -1:
         layer = _layers[number]
-        layer.updated(dict(zip(layer.settings.shapes, state, strict=True)), Statistics(*pending), None)
+        layer.updated(dict(zip(layer.settings.shapes, state, strict=True)), Statistics(*pending))
 
 
 @torch.library.custom_op("diveq_core::start_layer", mutates_args=("state",))

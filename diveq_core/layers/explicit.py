@@ -55,7 +55,6 @@ class ExplicitLayer(Layer):
         self.state = upkeep.init(self.settings, like, rng=rng)
         self.gradients: State = {}
         """Those of the last `backward`, by name."""
-        self._lib = backend_of("VectorQuantizer", like=like)
         self._pullback: Any = None
         self._pending: Any = None
         self._moments: Any = None
@@ -65,6 +64,17 @@ class ExplicitLayer(Layer):
 
     def hold(self, state: State) -> None:
         self.state = self.state | state
+        # Those of a state that is gone.
+        self._pullback = self._pending = None
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, Any]) -> dict[str, Any]:
+        floating = [x.dtype for x in arrays.values() if x.dtype.kind == "f"]
+        return {"dtype": floating[0]} if floating else {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pullback is a function, of a step that a copy did not make.
+        return self.__dict__ | {"_pullback": None}
 
     def __repr__(self) -> str:
         return (
@@ -95,7 +105,7 @@ class ExplicitLayer(Layer):
 
     def start(self, z: Array, mask: Array | None = None) -> None:
         """Begin the codebook with vectors of a batch, as the first `forward` in training does."""
-        self.state = upkeep.start(self.settings, self.state, z, mask=mask, rng=self.rng, all_reduce=self.all_reduce)
+        self.hold(upkeep.start(self.settings, self.state, z, mask=mask, rng=self.rng, all_reduce=self.all_reduce))
 
     def backward(self, g_z_q: Array, g_loss: Any = 1.0) -> Array:
         """The cotangent of ``z`` from those of ``z_q`` and ``loss``; `gradients` then has those of the parameters.
@@ -117,7 +127,8 @@ class ExplicitLayer(Layer):
             return
         if not self.gradients:
             raise RuntimeError("step: expected a backward before, got none")
-        lib, parameters = self._lib, {name: self.state[name] for name in names}
+        parameters = {name: self.state[name] for name in names}
+        lib = backend_of("step", **parameters)
         if not all(lib.all_finite(g) for g in self.gradients.values()):
             return
         moments = no_moments(parameters) if self._moments is None else self._moments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import tempfile
 from array import array
@@ -81,10 +82,24 @@ def read(path: Any) -> tuple[Settings, dict[str, Any]]:
             f"load: {name} must be a file that a layer's save wrote, with {_FORMAT} in its header, got "
             f"{', '.join(metadata) or 'a header without it'}"
         )
-    settings = from_text(metadata[_FORMAT])
+    settings = _settings(name, metadata[_FORMAT])
     if {key: tuple(x.shape) for key, x in arrays.items()} != settings.shapes:
         raise ValueError(f"load: {name} must hold the arrays {settings.shapes}, got other ones")
+    for key, x in arrays.items():
+        kind = {"steps": "i", "started": "b"}.get(key, "f")
+        if x.dtype.kind != kind or not (x == x).all() or abs(x.astype(float)).max() == math.inf:
+            raise ValueError(
+                f"load: {key} of {name} must be finite numbers of kind {kind!r}, got {x.dtype}"
+                f"{'' if x.dtype.kind != kind else ' with NaN or infinity'}"
+            )
     return settings, arrays
+
+
+def _settings(name: str, text: str) -> Settings:
+    try:
+        return from_text(text)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"load: {name} must hold the settings of a layer, got {text[:80]!r}: {error}") from error
 
 
 def _safetensors(function: str) -> ModuleType:

@@ -52,6 +52,11 @@ class Layer:
         """Take arrays in the place of those that are held, some or all of them."""
         raise NotImplementedError
 
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, Any]) -> dict[str, Any]:
+        """The framework's options for a layer that is to hold given arrays of NumPy as they are."""
+        return {}
+
     def encode(self, z: Array, mask: Array | None = None) -> Any:
         """Tokens of vectors: hard, deterministic; `diveq_core.layers.encode`."""
         return step.encode(self.settings, self.held(), z, mask=mask)
@@ -70,7 +75,7 @@ class Layer:
         if not self.settings.has_codebook:
             return None
         lib = backend_of("codebook", **state)
-        return lib.stop_gradient(words(lib, self.settings, state)[0])
+        return lib.copy(lib.stop_gradient(words(lib, self.settings, state)[0]))
 
     @codebook.setter
     def codebook(self, codebook: Array) -> None:
@@ -104,7 +109,7 @@ class Layer:
             Those of the framework, device and dtype say.
         """
         settings, arrays = file.read(path)
-        given = settings.given()
+        given, options = settings.given(), cls.of_arrays(arrays) | options
         layer: Any = cls(given.pop("dim"), given.pop("codebook_size"), **given, **options)  # type: ignore[call-arg]
         layer.load_arrays(arrays)
         return layer

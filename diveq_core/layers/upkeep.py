@@ -239,10 +239,11 @@ def update(
     happened = statistics.batches > 0
     before, state = state, dict(state)
     state["steps"] = state["steps"] + xp.astype(happened, state["steps"].dtype)
-    state["usage"] = state["usage"] + lib.astype(statistics.counts, state["usage"].dtype)
+    wide = lib.compute_dtype(state["usage"].dtype)
+    state["usage"] = lib.astype(state["usage"], wide) + lib.astype(statistics.counts, wide)
     if settings.codebook_update == "ema":
         for name, x in _averaged(lib, settings, state, statistics).items():
-            state[name] = xp.where(happened, x, before[name])
+            state[name] = xp.where(happened, x, lib.astype(before[name], x.dtype))
     if settings.replaces:
         due = xp.logical_and(happened, state["steps"] % settings.replace_every == 0)
         replace = bool(due) if replace is None and lib.reads_free(due) else replace
@@ -252,13 +253,13 @@ def update(
 
 
 def _summed(ranks: Ranks, statistics: Statistics) -> Statistics:
-    """Statistics of all ranks, in one sum, but for the sample; those that are not finite count for nothing."""
+    """Statistics of all ranks, in one sum, but for the sample."""
     lib, xp = ranks.lib, ranks.lib.xp
     arrays = [x for x in statistics[:-1] if x is not None]
     dtype = arrays[-1].dtype
     flat = xp.concat([lib.astype(xp.reshape(lib.stop_gradient(x), (-1,)), dtype) for x in arrays])
     flat = ranks.sum(flat)
-    flat, at_ = xp.where(xp.isfinite(flat), flat, xp.zeros_like(flat)), 0
+    at_ = 0
     found: list[Any] = []
     for x in arrays:
         size = math.prod(x.shape)
@@ -273,13 +274,17 @@ def _averaged(lib: Backend, settings: Settings, state: State, statistics: Statis
     xp, averages = lib.xp, state["averages"]
     wide = lib.compute_dtype(averages.dtype)
     old, c, s = (lib.astype(x, wide) for x in (state["counts"], statistics.counts, statistics.sums))
+    # Sums that overflowed are of no vector.
+    there = xp.all(xp.isfinite(s), axis=-1)
+    c, s = xp.where(there, c, xp.zeros_like(c)), xp.where(there[..., None], s, xp.zeros_like(s))
     used, n, rate, _ = rates(lib, old, c, settings.ema_decay)
     moved = lib.astype(averages, wide) + rate[..., None] * s
     rounded = lib.astype(moved, state["codewords"].dtype)
     written = xp.logical_and(used, xp.all(xp.isfinite(rounded), axis=-1))[..., None]
     return {
-        "counts": lib.astype(n, state["counts"].dtype),
-        "averages": xp.where(written, lib.astype(moved, averages.dtype), averages),
+        # At least float32, also where a framework made 16 bits of the state.
+        "counts": n,
+        "averages": xp.where(written, moved, lib.astype(averages, wide)),
         "codewords": xp.where(written, rounded, state["codewords"]),
     }
 

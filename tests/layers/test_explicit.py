@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -104,6 +107,33 @@ def test_the_pullback_is_that_of_the_codebook_that_was_used() -> None:
         gradients.append((vq.backward(plain(2)), vq.gradients["codewords"]))
     for ours, theirs in zip(*gradients, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_copies() -> None:
+    vq = VectorQuantizer(DIM, K, rng=np.random.default_rng(0))
+    train(vq, 2)
+    for other in (copy.deepcopy(vq), pickle.loads(pickle.dumps(vq))):
+        assert train(other, 3) == train(copy.deepcopy(vq), 3)
+
+
+def test_statistics_are_those_of_the_state_that_is_held() -> None:
+    vq = VectorQuantizer(DIM, K, dq.STE(), codebook_update="ema", rng=np.random.default_rng(0))
+    train(vq, 2)
+    before = vq.arrays()
+    vq.forward(plain() + 100)
+    vq.load_arrays(before)
+    vq.update()
+    for name, x in vq.arrays().items():
+        np.testing.assert_array_equal(x, before[name])
+
+
+def test_a_sum_that_overflows_is_no_vector() -> None:
+    vq = VectorQuantizer(2, 1, dq.STE(), codebook_update="ema", init="normal", replace_every=0)
+    before = vq.arrays()
+    vq.forward(np.full((8, 2), 2e38, np.float32))
+    vq.update()
+    for name in ("codewords", "averages", "counts"):
+        np.testing.assert_array_equal(vq.arrays()[name], before[name])
 
 
 def test_wrong_order_says_what_is_wrong() -> None:

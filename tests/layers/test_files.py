@@ -103,6 +103,34 @@ def test_a_file_of_something_else_is_refused(tmp_path) -> None:
         VectorQuantizer.load(tmp_path / "missing")
 
 
+def test_a_file_of_float64_stays_so(tmp_path) -> None:
+    pytest.importorskip("torch")
+    import diveq_torch
+
+    vq, path = VectorQuantizer(DIM, K, dtype=np.float64), tmp_path / "layer"
+    vq.save(path)
+    for kind in (VectorQuantizer, diveq_torch.VectorQuantizer):
+        found = kind.load(path).arrays()["codewords"]
+        assert found.dtype == np.float64
+        np.testing.assert_array_equal(found, vq.arrays()["codewords"])
+
+
+def test_a_damaged_file_is_refused(tmp_path) -> None:
+    from safetensors.numpy import save_file
+
+    vq, path = VectorQuantizer(DIM, K), tmp_path / "layer"
+    text = to_text(vq.settings)
+    for wrong in ("{", "[]", "3", text.replace("dim", "dun"), text.replace("6", "-6")):
+        save_file(vq.arrays(), path, {"diveq_core.layer.1": wrong})
+        with pytest.raises(ValueError, match=r"load: .* must hold the settings of a layer"):
+            VectorQuantizer.load(path)
+    words = vq.arrays()["codewords"]
+    for wrong in (words * np.nan, words * np.inf, words.astype(np.int64)):
+        save_file(vq.arrays() | {"codewords": wrong}, path, {"diveq_core.layer.1": text})
+        with pytest.raises(ValueError, match=r"load: codewords of .* must be finite numbers of kind 'f', got"):
+            VectorQuantizer.load(path)
+
+
 def test_arrays_of_other_settings_are_refused() -> None:
     vq = VectorQuantizer(DIM, K)
     before = vq.arrays()

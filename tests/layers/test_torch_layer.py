@@ -177,6 +177,105 @@ def test_a_loaded_layer_does_not_begin_anew() -> None:
     torch.testing.assert_close(other.codewords, vq.codewords, rtol=0, atol=0)
 
 
+def test_statistics_are_those_of_the_state_that_is_held() -> None:
+    """What a step left is gone when its state is: loaded over, set or begun anew."""
+    vq = layer(EMA | {"replace_every": 0})
+    for seed in range(2):
+        vq(vectors(seed))
+    vq.update()
+    before = {name: x.clone() for name, x in vq.state_dict().items()}
+
+    def load() -> None:
+        vq.load_state_dict(before)
+
+    def load_arrays() -> None:
+        vq.load_arrays({name: x.numpy() for name, x in before.items()})
+
+    def set_codebook() -> None:
+        vq.codebook = before["codewords"]
+
+    for back in (load, load_arrays, set_codebook, lambda: vq.start(vectors(5))):
+        vq(vectors(3) + 100)
+        back()
+        after = {name: x.clone() for name, x in vq.state_dict().items()}
+        vq.update()
+        for name, x in vq.state_dict().items():
+            torch.testing.assert_close(x, after[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_do_not_stop_averages(dtype: torch.dtype) -> None:
+    vq = VectorQuantizer(2, 1, dq.STE(), codebook_update="ema", replace_every=0).to(dtype)
+    assert vq.averages.dtype == vq.counts.dtype == vq.usage.dtype == torch.float32
+    for mean in (3.0, 4.0):
+        for _ in range(600):
+            vq(mean + 0.1 * torch.randn(50, 2, dtype=dtype))
+    vq.update()
+    torch.testing.assert_close(vq.codewords.float(), torch.full((1, 2), 4.0), rtol=0, atol=0.03)
+    assert vq.usage.item() == 1200 * 50
+
+
+def test_a_frozen_codebook_is_not_replaced() -> None:
+    vq = layer({"replace_every": 1, "replace_threshold": 0.9, "init": "normal"}).requires_grad_(False)
+    before = vq.codewords.clone()
+    for seed in range(4):
+        vq(vectors(seed))
+    vq.update()
+    torch.testing.assert_close(vq.codewords, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"codebook_update": "linear", "linear_factors": "both"}, EMA], ids=str)
+def test_several_calls_before_one_backward(options: dict) -> None:
+    vq = layer(options | {"replace_every": 1, "replace_threshold": 0.9})
+    for seed in range(4):
+        z = [vectors(10 * seed + call).requires_grad_() for call in range(3)]
+        outs = [vq(x) for x in z]
+        sum(out.z_q.square().sum() + out.loss for out in outs).backward()
+        assert all(x.grad.isfinite().all() for x in z)
+
+
+def test_a_layer_is_made_without_a_device() -> None:
+    with torch.device("meta"):
+        vq = VectorQuantizer(DIM, K)
+    vq = vq.to_empty(device="cpu")
+    vq.load_state_dict(layer().state_dict())
+    assert vq(vectors()).z_q.isfinite().all()
+
+
+def test_a_resumed_run_is_the_same_run() -> None:
+    def run(vq: VectorQuantizer, seeds: range) -> None:
+        for seed in seeds:
+            vq(vectors(seed), noise=vectors(seed + 50))
+        vq.update()
+
+    options = {"replace_every": 2, "replace_threshold": 0.9, "codebook_update": "ema", "estimator": dq.STE()}
+    whole = layer(options)
+    run(whole, range(4))
+    kept = {name: x.clone() for name, x in whole.state_dict().items()}
+    run(whole, range(4, 10))
+    resumed = layer(options)
+    torch.randn(7)
+    resumed.load_state_dict(kept)
+    run(resumed, range(4, 10))
+    for name, x in resumed.state_dict().items():
+        torch.testing.assert_close(x, whole.state_dict()[name], rtol=0, atol=0)
+
+
+def test_a_parameter_may_be_the_codebook_that_is_set() -> None:
+    vq, words = layer(), torch.nn.Parameter(torch.randn(K, DIM))
+    vq.codebook = words
+    torch.testing.assert_close(vq.codebook, words.detach(), rtol=0, atol=0)
+    assert {name for name, _ in vq.named_parameters()} == {"codewords"}
+    vq.codebook.zero_()
+    assert (vq.codebook != 0).all(), "what is read is a copy"
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    for wrong in (plain(), None, [1.0]):
+        with pytest.raises(TypeError, match=r"VectorQuantizer: z must be a torch\.Tensor, got"):
+            layer()(wrong)
+
+
 def test_a_layer_that_loads_a_first_state_begins_anew() -> None:
     vq = layer()
     first = {name: x.clone() for name, x in vq.state_dict().items()}

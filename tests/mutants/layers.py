@@ -68,7 +68,7 @@ MUTANTS = (
     ),
     Mutant(
         "layer: averages move without a step",
-        "state[name] = xp.where(happened, x, before[name])",
+        "state[name] = xp.where(happened, x, lib.astype(before[name], x.dtype))",
         "state[name] = x",
         "test_upkeep.py no_step and numpy",
     ),
@@ -116,13 +116,13 @@ MUTANTS = (
     ),
     Mutant(
         "layer in torch: an update reaches what backward reads",
-        'state["codewords"] = state["codewords"].clone()',
-        'state["codewords"] = state["codewords"].view_as(state["codewords"])',
+        "state[name] = state[name].clone()",
+        "state[name] = state[name].view_as(state[name])",
         "test_torch_layer.py backward_reads",
     ),
     Mutant(
         "layer in torch: what is drawn between steps is of the step's stream",
-        "return torch.Generator(self.steps.device).manual_seed(self._seed + self._draws)",
+        "return torch.Generator(self.steps.device).manual_seed((self._seed + step) % (1 << 63))",
         "return None",
         "test_torch_layer.py counts_once",
     ),
@@ -134,9 +134,21 @@ MUTANTS = (
     ),
     Mutant(
         "layer in torch: what is known of a state outlives it",
-        "module._begun = module._count = None",
-        "module._count = None",
+        "module._begun = module._count = module._pending = None",
+        "module._count = module._pending = None",
         "test_torch_layer.py begins_anew",
+    ),
+    Mutant(
+        "layer in torch: statistics of a state outlive it",
+        "module._begun = module._count = module._pending = None",
+        "module._begun = module._count = None",
+        "test_torch_layer.py that_is_held",
+    ),
+    Mutant(
+        "layer: a sum that overflowed counts",
+        "c, s = xp.where(there, c, xp.zeros_like(c)), xp.where",
+        "c, s = c + 0, xp.where",
+        "test_explicit.py overflows",
     ),
     Mutant(
         "layer file: settings that differ from the defaults are lost",
