@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
+import sys
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +18,7 @@ from libraries import LIBRARIES, Library
 from processes import importable
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 settings.register_profile(
     "default",
@@ -66,6 +71,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+# Bytes of a worker, from which on it forgets what JAX and torch compiled for it: several would fill a machine.
+_AT_MOST = 3 << 30
+
+
+def _resident() -> int:
+    """Bytes of memory of this process; 0 where the system does not say."""
+    with contextlib.suppress(FileNotFoundError):
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    global _AT_MOST
+    yield
+    if _resident() < _AT_MOST:
+        return
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+    gc.collect()
+    # What is free goes back to the system.
+    ctypes.CDLL(None).malloc_trim(0)
+    _AT_MOST = max(_AT_MOST, _resident() + (1 << 30))
 
 
 @pytest.fixture(params=LIBRARIES)
