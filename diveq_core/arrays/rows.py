@@ -126,8 +126,10 @@ class Direction(NamedTuple):
 def noised(lib: Backend, d: Array, noise: Array, sigma: float) -> Array:
     """A vector in the direction of ``d + sigma * noise``, (N, D)."""
     if sigma > _LARGE:
-        # Divided by sigma, which may itself be out of the dtype's range.
-        return lib.add_scaled(noise, d, 1 / sigma)
+        # Over a power of two, which rounds nothing, in two halves, each of which any dtype has.
+        mantissa, exponent = math.frexp(sigma)
+        half = exponent // 2
+        return lib.add_scaled(d * 2.0**-half * 2.0 ** (half - exponent), noise, mantissa)
     return lib.add_scaled(d, noise, sigma)
 
 

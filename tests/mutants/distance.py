@@ -55,8 +55,8 @@ MUTANTS = (
     ),
     Mutant(
         "DiVeQ: the error divided by no sigma",
-        "lib.add_scaled(noise, d, 1 / sigma)",
-        "lib.add_scaled(noise, d, 1.0)",
+        "lib.add_scaled(d * 2.0**-half * 2.0 ** (half - exponent), noise, mantissa)",
+        "lib.add_scaled(d, noise, mantissa)",
         "test_estimators.py beyond_all_bounds and numpy",
     ),
     Mutant("DiVeQ: no noise", "d, noise, self.sigma)", "d, noise, 0.0)", verbs("DiVeQ")),
