@@ -260,6 +260,7 @@ DRIVERS: dict[str, type[Driver]] = {
 
 def driver_named(name: str) -> type[Driver]:
     """A framework's layer by name, skipping the test where it is missing."""
+    pytest.importorskip("safetensors")
     if DRIVERS[name].library:
         library_named(DRIVERS[name].library)
     DRIVERS[name].kind()
