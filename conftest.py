@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sybil import Document, Example, Region
+
+# Keras reads it once, when it is imported, and would otherwise ask for TensorFlow.
+os.environ.setdefault("KERAS_BACKEND", "torch" if importlib.util.find_spec("torch") else "jax")
 
 OPTIONAL = (
     *("torch", "jax", "cupy", "mlx", "flax", "equinox", "keras", "safetensors"),
