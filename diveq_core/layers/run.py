@@ -97,7 +97,7 @@ class Step:
     def dtype(self) -> Any:
         """The one in which the layer computes: at least float32, and that of the state."""
         lib = self.lib
-        held = next((x for name, x in self.state.items() if lib.is_floating(x) and name != "usage"), self.z)
+        held = next((x for x in self.state.values() if lib.is_floating(x)), self.z)
         return lib.compute_dtype(lib.result_dtype(self.z, held))
 
     def tokens(self) -> Any:
@@ -131,24 +131,14 @@ class Step:
         return self._trained(explicit, noise, kept_stages, rng) if train else (self._evaluated(), lambda g: (g, {}))
 
     def _evaluated(self) -> Forward:
-        settings = self.settings
         indices = self.tokens()
-        z_q = decoded(settings, self.state, indices, self.z.dtype)
-        if self.keep is not None:
-            # What is masked gives zeros, whatever its token decodes to.
-            z_q = self._zeroed(z_q)
+        z_q = decoded(self.settings, self.state, indices, self.z.dtype, self.keep)
         return Forward(z_q, indices, Losses(self._zero(), None, None), None)
 
     @property
     def _marks(self) -> bool:
         """Whether -1 marks a vector that the losses are to leave out."""
         return self.keep is not None or self.settings.quantizer_dropout
-
-    def _zeroed(self, z_q: Array) -> Array:
-        """Zeros, in the shape of z, for the vectors that took no part."""
-        axis = self.settings.channel_axis
-        x_q, _ = maps.moved(self.lib, z_q, axis, -1)
-        return maps.moved(self.lib, maps.kept(self.lib, x_q, self.keep)[0], -1, axis)[0]
 
     def _zero(self) -> Array:
         return self.lib.xp.zeros((), dtype=self.dtype, **self.lib.place(self.z))
@@ -173,19 +163,13 @@ class Step:
         out, to_x = call.vjp() if explicit else (call.quantize(), None)
         found = self._marked(out.indices)
         losses, to_losses = auxiliary(lib, settings, x, book, call.seen(), found, self._marks, explicit)
-        x_q, to_kept = maps.kept(lib, out.z_q, self.keep)
-        z_q, to_out = _leave(lib, settings, state, x_q, self.z.dtype)
-        if self.keep is not None and settings.projected:
-            # The bias of the map back.
-            z_q = self._zeroed(z_q)
+        z_q, to_out = _leave(lib, settings, state, out.z_q, self.z.dtype, self.keep)
 
         def pullback(g: Array, g_loss: Any = 1.0) -> tuple[Array, dict[str, Array]]:
             check_like(lib, "pullback", "g", g, self.z, "z")
-            if self.keep is not None and settings.projected:
-                g = self._zeroed(g)
             g_x_q, gradients = to_out(g)
             assert to_x is not None
-            g_x, g_book = to_x(to_kept(g_x_q))
+            g_x, g_book = to_x(g_x_q)
             by_losses = to_losses(g_loss)
             if by_losses is not None:
                 g_x = g_x + by_losses[0]
@@ -239,8 +223,8 @@ class Step:
         return xp.where(xp.logical_or(used, numbers == 0), indices, -xp.ones_like(indices))
 
 
-def decoded(settings: Settings, state: State, indices: Any, dtype: Any) -> Array:
-    """Vectors from tokens, along the channel axis."""
+def decoded(settings: Settings, state: State, indices: Any, dtype: Any, keep: Array | None = None) -> Array:
+    """Vectors from tokens, along the channel axis; zeros for those that are not to be kept."""
     lib, arrays = checked_state("decode", settings, state)
     lib = lib or backend_of("decode", indices=indices)
     dtype = None if dtype is None else checked_dtype(lib, "decode", dtype)
@@ -257,23 +241,27 @@ def decoded(settings: Settings, state: State, indices: Any, dtype: Any) -> Array
         # Summed and rounded once, in the dtype of the state.
         wide = lib.xp.float32 if book is None else lib.compute_dtype(book.dtype)
         x_q = decode_tokens(indices, book, settings.hard, dtype=wide)
-    if settings.not_finite == "skip":
-        x_q, _ = maps.kept(lib, x_q, first >= 0)
-    return _leave(lib, settings, arrays, x_q, dtype)[0]
+    if keep is None and settings.not_finite == "skip":
+        keep = first >= 0
+    return _leave(lib, settings, arrays, x_q, dtype, keep)[0]
 
 
 def _leave(
-    lib: Backend, settings: Settings, state: State, x_q: Array, dtype: Any
+    lib: Backend, settings: Settings, state: State, x_q: Array, dtype: Any, keep: Array | None
 ) -> tuple[Array, Callable[[Array], tuple[Array, dict[str, Array]]]]:
-    """The output of a layer from that of its quantizer, and the pullback of its cotangent."""
+    """The output of a layer from that of its quantizer, and the pullback of its cotangent.
+
+    What is not kept is zero here, after the bias of the map back, and so is its cotangent.
+    """
     to_affine: Any = None
     if "out_weight" in state:
         x_q, to_affine = maps.affine(lib, x_q, state["out_weight"], state["out_bias"])
+    x_q, to_kept = maps.kept(lib, x_q, keep)
     out, to_dtype = maps.cast(lib, x_q, x_q.dtype if dtype is None else dtype)
     z_q, back = maps.moved(lib, out, -1, settings.channel_axis)
 
     def pullback(g: Array) -> tuple[Array, dict[str, Array]]:
-        g = to_dtype(back(g))
+        g = to_kept(to_dtype(back(g)))
         if to_affine is None:
             return g, {}
         g, g_weight, g_bias = to_affine(g)

@@ -176,6 +176,18 @@ def test_vectors_that_are_not_finite(kind: str) -> None:
         step("refuse")
 
 
+def test_what_was_skipped_decodes_to_what_evaluation_gave(library: Library) -> None:
+    case = Case.of("skip", np.float32)
+    z = case.z.copy()
+    z[0, 0], z[1, 2, 1] = np.nan, np.inf
+    state = {name: library.to(x) for name, x in case.state.items()}
+    out = LAYERS.forward(case.settings, state, library.to(z), train=False)
+    assert (library.back(out.indices)[[0, 1], [0, 2]] == -1).all()
+    assert (library.back(out.z_q)[[0, 1], [0, 2]] == 0).all()
+    decoded = LAYERS.decode(case.settings, state, out.indices)
+    np.testing.assert_array_equal(library.back(decoded), library.back(out.z_q))
+
+
 def test_a_drawn_number_of_stages_is_used_by_each_example() -> None:
     settings = settings_of("dropout")
     state = LAYERS.init(settings, np.zeros(()), rng=np.random.default_rng(0))
