@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cupy
 
-from diveq_core.layers.explicit import DEFAULT, ExplicitLayer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from diveq_core.layers.explicit import ExplicitLayer
 
 
 class VectorQuantizer(ExplicitLayer):
@@ -26,15 +23,6 @@ class VectorQuantizer(ExplicitLayer):
 
     """
 
-    def __init__(
-        self,
-        dim: int,
-        codebook_size: int | None = None,
-        estimator: Any = DEFAULT,
-        *,
-        dtype: Any = cupy.float32,
-        rng: Any = None,
-        all_reduce: Callable[[Any], Any] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(cupy.zeros((), dtype), dim, codebook_size, estimator, rng, all_reduce, options)
+    @staticmethod
+    def like(dtype: Any) -> Any:
+        return cupy.zeros((), cupy.float32 if dtype is None else dtype)

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from diveq_core.arrays.registry import backend_of
-from diveq_core.layers import file, step, upkeep
-from diveq_core.layers.explicit import DEFAULT
+from diveq_core.layers import beginning, file, step
 from diveq_core.layers.layer import Quantization, taken, with_codebook
-from diveq_core.layers.settings import Settings
+from diveq_core.layers.settings import DEFAULT, Settings
 from diveq_core.layers.words import words
 from diveq_jax import layers
 
@@ -91,7 +90,7 @@ class VectorQuantizer(eqx.Module):
         self.settings = Settings(dim, codebook_size, estimator, **options)
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.inference = inference
-        state = upkeep.init(self.settings, jnp.zeros((), dtype), rng=key)
+        state = beginning.init(self.settings, jnp.zeros((), dtype), rng=key)
         self.parameters, others = self._parted(state, shifted=self.settings.from_data)
         self.others = eqx.nn.StateIndex(others)
 
@@ -127,7 +126,7 @@ class VectorQuantizer(eqx.Module):
         out, new = layers.trained(self.settings, held, z, mask, noise, key, self.axis_name)
         others = {name: new[name] for name in self.settings.buffers}
         if self._shifts:
-            name = layers.codebook_name(self.settings)
+            name = self.settings.table
             stays, shift = new[name] == held[name], new[name] - self.parameters[name]
             others["shift"] = jax.lax.stop_gradient(jnp.where(stays, state.get(self.others)["shift"], shift))
         return Quantization.of(out), state.set(self.others, others)
@@ -152,7 +151,7 @@ class VectorQuantizer(eqx.Module):
         """The arrays of the state by their names in all frameworks."""
         held = {**self.parameters, **state.get(self.others)}
         if self._shifts:
-            name = layers.codebook_name(self.settings)
+            name = self.settings.table
             held[name] = held[name] + held.pop("shift")
         return held
 
@@ -220,7 +219,7 @@ class VectorQuantizer(eqx.Module):
         parameters = {name: held[name] for name in self.settings.parameters}
         others = {name: held[name] for name in self.settings.buffers}
         if self._shifts:
-            name = layers.codebook_name(self.settings)
+            name = self.settings.table
             none = jnp.zeros_like(held[name])
             parameters[name], others["shift"] = (none, held[name]) if shifted else (held[name], none)
         return parameters, others

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from diveq_core.arrays.rows import describe
-from diveq_core.layers import step, upkeep
-from diveq_core.layers.explicit import DEFAULT
+from diveq_core.layers import beginning, step
 from diveq_core.layers.layer import Layer, Quantization
-from diveq_core.layers.settings import Settings
+from diveq_core.layers.settings import DEFAULT, Settings
 from diveq_jax import layers
 
 try:
@@ -91,7 +90,7 @@ class VectorQuantizer(Layer, nnx.Module):
         self.settings = Settings(dim, codebook_size, estimator, **options)
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.deterministic = deterministic
-        for name, x in upkeep.init(self.settings, jnp.zeros((), param_dtype), rng=rngs.params()).items():
+        for name, x in beginning.init(self.settings, jnp.zeros((), param_dtype), rng=rngs.params()).items():
             setattr(self, name, nnx.Param(x) if name in self.settings.parameters else CodebookState(x))
         self.rngs = rngs[rng_collection].fork()
 
@@ -128,7 +127,7 @@ class VectorQuantizer(Layer, nnx.Module):
     def start(self, z: jax.Array, mask: jax.Array | None = None) -> None:
         """Begin the codebook with vectors of a batch, as the first step in training does."""
         reduce = layers.summed(self.axis_name)
-        self.hold(upkeep.start(self.settings, self.held(), z, mask=mask, rng=self.rngs(), all_reduce=reduce))
+        self.hold(beginning.start(self.settings, self.held(), z, mask=mask, rng=self.rngs(), all_reduce=reduce))
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """For `nnx.view`.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from diveq_core.layers import step, upkeep
+from diveq_core.layers import beginning, step, upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,14 +21,9 @@ if TYPE_CHECKING:
     from diveq_core.layers.words import State
 
 
-def codebook_name(settings: Settings) -> str:
-    """The array of the state that a start or a replacement of codewords changes."""
-    return "embedding" if settings.codebook_update == "linear" else "codewords"
-
-
 def by_gradient(settings: Settings) -> bool:
     """Whether that array is trained by gradients."""
-    return codebook_name(settings) in settings.parameters
+    return settings.table in settings.parameters
 
 
 def trained(
@@ -74,7 +69,7 @@ def _begun(settings: Settings, state: State, z: Any, mask: Any, key: Any, axis_n
     held, z = _constant(state), jax.lax.stop_gradient(z)
 
     def start() -> State:
-        return upkeep.start(settings, held, z, mask=mask, rng=key, all_reduce=summed(axis_name))
+        return beginning.start(settings, held, z, mask=mask, rng=key, all_reduce=summed(axis_name))
 
     if isinstance(held["started"], jax.core.Tracer):
         return _changed(settings, state, held, jax.lax.cond(held["started"], lambda: held, start))
@@ -105,7 +100,7 @@ def _changed(settings: Settings, state: State, held: State, new: State, codebook
     """The state with new arrays; gradients of a codebook that is new go to the one that there was."""
     after = state | {name: new[name] for name in settings.buffers}
     if codebook and by_gradient(settings):
-        name = codebook_name(settings)
+        name = settings.table
         after[name] = new[name] + (state[name] - held[name])
     return after
 

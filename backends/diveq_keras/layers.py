@@ -8,11 +8,10 @@ import keras
 from keras import ops
 
 from diveq_core.arrays.registry import backend_of
-from diveq_core.layers import file, step, upkeep
-from diveq_core.layers.explicit import DEFAULT
+from diveq_core.layers import beginning, file, step, upkeep
 from diveq_core.layers.layer import Layer, Quantization
 from diveq_core.layers.results import Losses
-from diveq_core.layers.settings import Settings
+from diveq_core.layers.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,17 +80,16 @@ class VectorQuantizer(Layer, keras.layers.Layer):
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
         dtype = "float64" if self.variable_dtype == "float64" else "float32"
-        noise = keras.random.normal((upkeep.noise_size(self.settings),), dtype=dtype, seed=self.seed_generator)
-        first = upkeep.init(self.settings, ops.zeros((), dtype), noise=noise)
-        self._table = "embedding" if self.settings.codebook_update == "linear" else "codewords"
+        noise = keras.random.normal((beginning.noise_size(self.settings),), dtype=dtype, seed=self.seed_generator)
+        first = beginning.init(self.settings, ops.zeros((), dtype), noise=noise)
         self._held = {name: self._weight(name, x) for name, x in first.items()}
         self._moved: Any = None
-        if self._table in self.settings.parameters:
-            self._moved = self._weight(f"{self._table}_moved", ops.zeros_like(first[self._table]), True)
+        if self.settings.table in self.settings.parameters:
+            self._moved = self._weight(f"{self.settings.table}_moved", ops.zeros_like(first[self.settings.table]), True)
 
     def _weight(self, name: str, x: Any, trainable: bool | None = None) -> Any:
         if trainable is None:
-            trainable = name in self.settings.parameters and name != self._table
+            trainable = name in self.settings.parameters and name != self.settings.table
         return self.add_weight(
             shape=tuple(x.shape),
             initializer=lambda shape, dtype=None: x,
@@ -104,13 +102,13 @@ class VectorQuantizer(Layer, keras.layers.Layer):
     def held(self) -> State:
         state = {name: x.value for name, x in self._held.items()}
         if self._moved is not None:
-            state[self._table] = state[self._table] + self._moved.value
+            state[self.settings.table] = state[self.settings.table] + self._moved.value
         return state
 
     def hold(self, state: State) -> None:
         for name, x in state.items():
             self._held[name].assign(x)
-        if self._moved is not None and self._table in state:
+        if self._moved is not None and self.settings.table in state:
             self._moved.assign(ops.zeros_like(self._moved.value))
 
     def build(self, input_shape: Any) -> None:
@@ -150,9 +148,9 @@ class VectorQuantizer(Layer, keras.layers.Layer):
         if learns:
             self._begin(z, mask)
         state = self.held()
-        if learns and self._moved is None and self._table in state:
+        if learns and self._moved is None and self.settings.table in state:
             # In torch an assignment must not reach what this step's backward reads.
-            state[self._table] = backend_of("VectorQuantizer", z=z).snapshot(state[self._table])
+            state[self.settings.table] = backend_of("VectorQuantizer", z=z).snapshot(state[self.settings.table])
         rng = self._rng(z) if train else None
         out = step.forward(self.settings, state, z, train=train, mask=mask, noise=noise, rng=rng)
         if train and any(self.settings.weights):
@@ -177,7 +175,7 @@ class VectorQuantizer(Layer, keras.layers.Layer):
     def start(self, z: Any, mask: Any = None) -> None:
         """Begin the codebook with vectors of a batch, as the first step in training does."""
         z, mask = _tensors((z, mask))
-        self._assign(upkeep.start(self.settings, self.held(), z, mask=mask, noise=self._normal(2)))
+        self._assign(beginning.start(self.settings, self.held(), z, mask=mask, noise=self._normal(2)))
 
     def _begin(self, z: Any, mask: Any) -> None:
         if not self.settings.from_data:
@@ -189,7 +187,7 @@ class VectorQuantizer(Layer, keras.layers.Layer):
             return
         state, z, noise = _constant(lib, self.held()), lib.stop_gradient(z), self._normal(2)
         self._assign(
-            _either(started, lambda: state, lambda: upkeep.start(self.settings, state, z, mask=mask, noise=noise))
+            _either(started, lambda: state, lambda: beginning.start(self.settings, state, z, mask=mask, noise=noise))
         )
 
     def _update(self, state: State, statistics: Statistics) -> None:
@@ -212,12 +210,12 @@ class VectorQuantizer(Layer, keras.layers.Layer):
         for name in self.settings.buffers:
             self._held[name].assign(new[name])
         if self._moved is not None:
-            self._held[self._table].assign(new[self._table] - self._moved.value)
+            self._held[self.settings.table].assign(new[self.settings.table] - self._moved.value)
 
     def _normal(self, width: int) -> Any:
         """Standard normal numbers for each codeword."""
         shape = (len(self.settings.codebooks), self.settings.codebook_shape[-2], width)
-        x = self._held[self._table]
+        x = self._held[self.settings.table]
         return keras.random.normal(shape, dtype=x.dtype, seed=self.seed_generator)
 
     def _rng(self, z: Any) -> Any:

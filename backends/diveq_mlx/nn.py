@@ -8,10 +8,9 @@ import mlx.core as mx
 from mlx import nn
 
 from diveq_core.arrays.registry import backend_of
-from diveq_core.layers import step, upkeep
-from diveq_core.layers.explicit import DEFAULT
+from diveq_core.layers import beginning, step, upkeep
 from diveq_core.layers.layer import Layer, Quantization
-from diveq_core.layers.settings import Settings
+from diveq_core.layers.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +75,7 @@ class VectorQuantizer(Layer, nn.Module):
         self._no_grad = _Frozen(self.settings.buffers)
         # Whether the codebook has begun, as far as is known without reading.
         self._begun = False
-        self.hold(upkeep.init(self.settings, mx.zeros((), dtype), rng=key))
+        self.hold(beginning.init(self.settings, mx.zeros((), dtype), rng=key))
 
     def __setattr__(self, name: str, x: Any) -> None:
         if name == "codebook":
@@ -127,7 +126,7 @@ class VectorQuantizer(Layer, nn.Module):
 
     def start(self, z: mx.array, mask: mx.array | None = None) -> None:
         """Begin the codebook with vectors of a batch, as the first step in training does."""
-        self.hold(upkeep.start(self.settings, self.held(), z, mask=mask, all_reduce=self.all_reduce))
+        self.hold(beginning.start(self.settings, self.held(), z, mask=mask, all_reduce=self.all_reduce))
 
     def _begin(self, z: mx.array, mask: mx.array | None) -> State:
         """Those arrays that the first batch sets, none once it has."""
@@ -144,7 +143,7 @@ class VectorQuantizer(Layer, nn.Module):
                 "VectorQuantizer: a start by k-means needs one step in training outside mx.compile, got a compiled one "
                 "first; call the layer once with a batch before"
             )
-        new = upkeep.start(self.settings, old, z, mask=mask, all_reduce=self.all_reduce)
+        new = beginning.start(self.settings, old, z, mask=mask, all_reduce=self.all_reduce)
         self._begun = not traced and bool(new["started"])
         return {
             name: mx.where(self.started, old[name], new[name]) if traced else new[name]

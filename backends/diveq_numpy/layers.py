@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from diveq_core.layers.explicit import DEFAULT, ExplicitLayer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from diveq_core.layers.explicit import ExplicitLayer
 
 
 class VectorQuantizer(ExplicitLayer):
@@ -40,15 +37,6 @@ class VectorQuantizer(ExplicitLayer):
     True
     """
 
-    def __init__(
-        self,
-        dim: int,
-        codebook_size: int | None = None,
-        estimator: Any = DEFAULT,
-        *,
-        dtype: Any = np.float32,
-        rng: Any = None,
-        all_reduce: Callable[[np.ndarray], np.ndarray] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(np.zeros((), dtype), dim, codebook_size, estimator, rng, all_reduce, options)
+    @staticmethod
+    def like(dtype: Any) -> np.ndarray:
+        return np.zeros((), np.float32 if dtype is None else dtype)

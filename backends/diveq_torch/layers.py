@@ -12,11 +12,10 @@ from torch._C import _functorch
 from torch.utils._pytree import _register_namedtuple
 
 from diveq_core.arrays.rows import describe
-from diveq_core.layers import step, upkeep
-from diveq_core.layers.explicit import DEFAULT
+from diveq_core.layers import beginning, step, upkeep
 from diveq_core.layers.layer import Layer, Quantization
 from diveq_core.layers.results import Losses, Point, Statistics, added
-from diveq_core.layers.settings import Settings
+from diveq_core.layers.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,7 +86,7 @@ class VectorQuantizer(Layer, nn.Module):
         self.settings = Settings(dim, codebook_size, estimator, **options)
         self.auto_update, self.process_group = auto_update, process_group
         like = torch.zeros((), device=device, dtype=dtype or torch.get_default_dtype())
-        for name, x in upkeep.init(self.settings, like, rng=generator).items():
+        for name, x in beginning.init(self.settings, like, rng=generator).items():
             if name in self.settings.parameters:
                 self.register_parameter(name, nn.Parameter(x))
             else:
@@ -188,7 +187,7 @@ class VectorQuantizer(Layer, nn.Module):
     def begun(self, state: State, z: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Write to a state what `diveq_core.layers.start` makes of it."""
         options = {"mask": mask, "rng": self._rng(0), "all_reduce": self._sum()}
-        _write(state, upkeep.start(self.settings, state, z, **options))
+        _write(state, beginning.start(self.settings, state, z, **options))
 
     def _due(self) -> bool | None:
         """Whether the step to come is one after which unused codewords are replaced; None where only a device knows."""
@@ -261,7 +260,7 @@ def _forget(module: Any, *_: Any) -> None:
 
 def _replaced(settings: Settings) -> str | None:
     """The array that a replacement overwrites and a backward pass reads; None where there is none."""
-    name = "embedding" if settings.codebook_update == "linear" else "codewords"
+    name = settings.table
     return name if settings.replaces and (name == "embedding" or name in settings.parameters) else None
 
 

@@ -5,11 +5,12 @@ in ``backends/`` hold the arrays where their framework holds state, and call the
 """
 
 from diveq_core.layers.adam import Moments, adam, no_moments
+from diveq_core.layers.beginning import init, noise_size, start
 from diveq_core.layers.layer import Layer, Quantization
 from diveq_core.layers.results import Forward, Losses, Point, Statistics, added
 from diveq_core.layers.settings import Settings
 from diveq_core.layers.step import decode, encode, forward, forward_vjp
-from diveq_core.layers.upkeep import init, noise_size, start, update
+from diveq_core.layers.upkeep import update
 
 __all__ = [
     "Forward",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from diveq_core.arrays.registry import backend_of
-from diveq_core.estimators.distance import DiVeQ
-from diveq_core.layers import step, upkeep
+from diveq_core.layers import beginning, step, upkeep
 from diveq_core.layers.adam import adam, no_moments
 from diveq_core.layers.layer import Layer, Quantization
-from diveq_core.layers.settings import Settings
+from diveq_core.layers.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,10 +25,10 @@ class ExplicitLayer(Layer):
 
     Parameters
     ----------
-    like : array
-        Of the library, dtype and device that the state is to have.
     dim, codebook_size, estimator, **options
         As in `diveq_core.layers.Settings`.
+    dtype : dtype, optional
+        Of the state; at least float32, which is the default.
     rng : optional
         The library's own generator, from which everything is drawn; by default its default stream.
     all_reduce : callable, optional
@@ -42,22 +41,28 @@ class ExplicitLayer(Layer):
 
     def __init__(
         self,
-        like: Array,
         dim: int,
-        codebook_size: int | None,
-        estimator: Quantizer,
-        rng: Any,
-        all_reduce: Callable[[Array], Array] | None,
-        options: dict[str, Any],
+        codebook_size: int | None = None,
+        estimator: Quantizer = DEFAULT,
+        *,
+        dtype: Any = None,
+        rng: Any = None,
+        all_reduce: Callable[[Array], Array] | None = None,
+        **options: Any,
     ) -> None:
         self.settings = Settings(dim, codebook_size, estimator, **options)
         self.rng, self.all_reduce = rng, all_reduce
-        self.state = upkeep.init(self.settings, like, rng=rng)
+        self.state = beginning.init(self.settings, self.like(dtype), rng=rng)
         self.gradients: State = {}
         """Those of the last `backward`, by name."""
         self._pullback: Any = None
         self._pending: Any = None
         self._moments: Any = None
+
+    @staticmethod
+    def like(dtype: Any) -> Array:
+        """An array of the library, in a dtype or in float32."""
+        raise NotImplementedError
 
     def held(self) -> State:
         return self.state
@@ -77,9 +82,7 @@ class ExplicitLayer(Layer):
         return self.__dict__ | {"_pullback": None}
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.settings.given().items())})"
-        )
+        return f"{type(self).__name__}({self.settings.text()})"
 
     def forward(self, z: Array, mask: Array | None = None, *, train: bool = True, noise: Any = None) -> Quantization:
         """Quantize; in training also keep what `backward` and `update` need.
@@ -105,7 +108,7 @@ class ExplicitLayer(Layer):
 
     def start(self, z: Array, mask: Array | None = None) -> None:
         """Begin the codebook with vectors of a batch, as the first `forward` in training does."""
-        self.hold(upkeep.start(self.settings, self.state, z, mask=mask, rng=self.rng, all_reduce=self.all_reduce))
+        self.hold(beginning.start(self.settings, self.state, z, mask=mask, rng=self.rng, all_reduce=self.all_reduce))
 
     def backward(self, g_z_q: Array, g_loss: Any = 1.0) -> Array:
         """The cotangent of ``z`` from those of ``z_q`` and ``loss``; `gradients` then has those of the parameters.
@@ -142,7 +145,3 @@ class ExplicitLayer(Layer):
                 self.settings, self.state, self._pending, rng=self.rng, all_reduce=self.all_reduce
             )
             self._pending = None
-
-
-DEFAULT = DiVeQ()
-"""The estimator of a layer that is given none."""

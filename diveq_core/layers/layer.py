@@ -119,7 +119,7 @@ def with_codebook(settings: Settings, state: State, codebook: Array) -> State:
     """The arrays of a state that a given codebook changes."""
     if not settings.has_codebook:
         raise ValueError("codebook: there is none to be set, FSQ has no codebook")
-    name = "embedding" if settings.codebook_update == "linear" else "codewords"
+    name = settings.table
     lib = backend_of("codebook", codebook=codebook, **{name: state[name]})
     if tuple(codebook.shape) != settings.codebook_shape:
         raise ValueError(f"codebook: expected shape {settings.codebook_shape}, got {tuple(codebook.shape)}")

@@ -6,22 +6,18 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import checked_count, checked_number
-from diveq_core.arrays.rows import describe
-from diveq_core.estimators.base import Single, check_estimator
+from diveq_core.estimators.base import Single
 from diveq_core.estimators.distance import DiVeQ
 from diveq_core.estimators.product import Product
 from diveq_core.estimators.residual import Residual
 from diveq_core.estimators.straight_through import STE
+from diveq_core.layers import checks
 
 if TYPE_CHECKING:
     from diveq_core.estimators.base import Quantizer, Shape
 
-UPDATES = ("gradient", "ema", "frozen", "linear")
-STARTS = ("data", "kmeans", "normal")
-FACTORS = ("weight", "embedding", "both")
-SOURCES = ("vectors", "codewords")
-NOT_FINITE = ("mark", "skip", "refuse")
+DEFAULT = DiVeQ()
+"""The estimator of a layer that is given none."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class Settings:
 
     dim: int
     codebook_size: int | None = None
-    estimator: Quantizer = DiVeQ()  # noqa: RUF009 - a frozen value
+    estimator: Quantizer = DEFAULT
     codebook_update: str = "gradient"
     ema_decay: float = 0.99
     codebook_weight: float | None = None
@@ -118,99 +114,12 @@ class Settings:
     not_finite: str = "mark"
 
     def __post_init__(self) -> None:
-        name = "VectorQuantizer"
-        for field in ("dim", "heads", "stages"):
-            self._set(field, checked_count(name, field, getattr(self, field)))
-        self._set("replace_every", checked_count(name, "replace_every", self.replace_every, at_least=0))
-        self._set("ema_decay", checked_number(name, "ema_decay", self.ema_decay, 0.0, 1.0))
-        self._set("replace_threshold", checked_number(name, "replace_threshold", self.replace_threshold, 0.0, 1.0))
-        for field in ("codebook_weight", "commitment_weight"):
-            if getattr(self, field) is not None:
-                self._set(field, checked_number(name, field, getattr(self, field), 0.0, float("inf")))
-        for field in ("cosine", "shared", "quantizer_dropout"):
-            if not isinstance(getattr(self, field), bool):
-                raise TypeError(f"{name}: {field} must be True or False, got {describe(getattr(self, field))}")
-        for field, choices in (
-            ("codebook_update", UPDATES),
-            ("init", STARTS),
-            ("linear_factors", FACTORS),
-            ("not_finite", NOT_FINITE),
-        ):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{name}: {field} must be one of {', '.join(choices)}, got {getattr(self, field)!r}")
-        if self.replace_by is not None and self.replace_by not in SOURCES:
-            raise ValueError(f"{name}: replace_by must be one of {', '.join(SOURCES)}, got {self.replace_by!r}")
-        if isinstance(self.channel_axis, bool) or not isinstance(self.channel_axis, int):
-            raise TypeError(f"{name}: channel_axis must be an integer, got {describe(self.channel_axis)}")
-        check_estimator(name, self.estimator)
-        if not isinstance(self.estimator, Single):
-            raise TypeError(
-                f"{name}: estimator must be one of a single part, got {describe(self.estimator)}; give heads= and "
-                f"stages= instead"
-            )
-        self._check_sizes(name)
-        self._check_together(name)
+        checks.options(self)
+        checks.sizes(self)
+        checks.together(self)
         # Now, since a compiler that traces a step can read what an instance holds and not add to it.
         for derived in ("weights", "quantizer", "hard", "parts", "codebooks", "shapes", "parameters", "buffers"):
             getattr(self, derived)
-
-    def _set(self, field: str, value: Any) -> None:
-        object.__setattr__(self, field, value)
-
-    def _check_sizes(self, name: str) -> None:
-        if self.has_codebook:
-            if self.codebook_size is None:
-                raise TypeError(f"{name}: codebook_size must be an integer for {describe(self.estimator)}, got None")
-            self._set("codebook_size", checked_count(name, "codebook_size", self.codebook_size, at_least=self.corners))
-        elif self.codebook_size is not None:
-            raise TypeError(
-                f"{name}: codebook_size must be None for {describe(self.estimator)}, which has no codebook, got "
-                f"{self.codebook_size!r}"
-            )
-        if self.codebook_dim is not None:
-            self._set("codebook_dim", checked_count(name, "codebook_dim", self.codebook_dim))
-        self._check_levels(name)
-        if self.width % self.heads:
-            raise ValueError(
-                f"{name}: heads must divide the {self.width} entries that are quantized, got {self.heads} heads"
-            )
-
-    def _check_levels(self, name: str) -> None:
-        levels = getattr(self.estimator, "levels", None)
-        if levels is not None and self.codebook_dim is None and len(levels) * self.heads != self.dim:
-            self._set("codebook_dim", len(levels) * self.heads)
-        if levels is not None and len(levels) * self.heads != self.width:
-            raise ValueError(
-                f"{name}: {describe(self.estimator)} must have a level for each of {self.width // self.heads} entries, "
-                f"got {len(levels)} levels"
-            )
-
-    def _check_together(self, name: str) -> None:
-        def refuse(condition: bool, text: str) -> None:
-            if condition:
-                raise ValueError(f"{name}: {text}")
-
-        trained = self.codebook_update != "gradient"
-        if not self.has_codebook:
-            refuse(trained, f"codebook_update must be gradient without a codebook, got {self.codebook_update}")
-            refuse(self.cosine, "cosine must be False without a codebook, got True")
-            refuse(any(self.weights), "the weights of losses must be 0 without a codebook")
-        if self.on_curve:
-            refuse(self.codebook_update == "ema", "codebook_update cannot be ema on a curve, whose output is between")
-            refuse(any(self.weights), "the weights of losses must be 0 on a curve, whose output is between codewords")
-            refuse(self.stages * self.heads > 1, "heads and stages must be 1 on a curve")
-        if self.takes_logits:
-            refuse(self.stages > 1, "stages must be 1 for GumbelST, whose output is not of the space of its logits")
-            refuse(self.codebook_update == "ema", "codebook_update cannot be ema for GumbelST, which takes logits")
-            refuse(self.cosine, "cosine must be False for GumbelST, which takes logits")
-            refuse(any(self.weights), "the weights of losses must be 0 for GumbelST, which takes logits")
-        refuse(
-            self.replace_by == "vectors" and not self._exchangeable,
-            "replace_by must be codewords on a curve, for GumbelST and in a linear codebook",
-        )
-        refuse(self.quantizer_dropout and self.stages == 1, "quantizer_dropout needs more than one stage")
-        refuse(self.shared and self.heads * self.stages == 1, "shared needs more than one head or stage")
-        refuse(self.codebook_update == "linear" and self.cosine, "cosine must be False for a linear codebook")
 
     @property
     def has_codebook(self) -> bool:
@@ -287,6 +196,11 @@ class Settings:
         axes = [count for count in (self.heads, self.stages) if count > 1]
         return (*axes[1 if self.shared else 0 :], self.codebook_size, self.width // self.heads)
 
+    @property
+    def table(self) -> str:
+        """The array of the state whose rows are codewords."""
+        return "embedding" if self.codebook_update == "linear" else "codewords"
+
     @cached_property
     def shapes(self) -> dict[str, Shape]:
         """The shape of each array of the state."""
@@ -338,14 +252,14 @@ class Settings:
         return self.has_codebook and self.replace_every > 0 and self.codebook_update != "frozen"
 
     @property
-    def _exchangeable(self) -> bool:
+    def exchangeable(self) -> bool:
         """Whether a vector may stand for a codeword."""
         return not (self.on_curve or self.takes_logits or self.codebook_update == "linear")
 
     @property
     def samples(self) -> bool:
         """Whether a step samples vectors that might replace codewords."""
-        return self.replaces and self._exchangeable and self.replace_by != "codewords"
+        return self.replaces and self.exchangeable and self.replace_by != "codewords"
 
     def given(self) -> dict[str, Any]:
         """The options that are not the defaults."""

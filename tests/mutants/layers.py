@@ -31,10 +31,9 @@ MUTANTS = (
     ),
     Mutant(
         "layer: a masked vector gets the bias of the map back",
-        "z_q = self._zeroed(z_q)",
-        "z_q = z_q + 0",
+        "x_q, to_kept = maps.kept(lib, x_q, keep)",
+        "_, to_kept = maps.kept(lib, x_q, keep)",
         "test_step.py never_read and numpy and projected",
-        within="Step._trained",
     ),
     Mutant(
         "layer: what is skipped is read",
@@ -104,8 +103,8 @@ MUTANTS = (
     ),
     Mutant(
         "layer: every stage starts with the vectors",
-        "groups[head] = groups[head] - lookup(indices, e)",
-        "groups[head] = groups[head] - 0 * lookup(indices, e)",
+        "groups[head] = groups[head] - lib.take_rows(",
+        "groups[head] = groups[head] - 0 * lib.take_rows(",
         "test_upkeep.py later_stage",
     ),
     Mutant(
@@ -171,8 +170,8 @@ MUTANTS = (
     ),
     Mutant(
         "layer in Keras: replacement forgets what training moved",
-        "assign(new[self._table] - self._moved.value)",
-        "assign(new[self._table])",
+        "assign(new[self.settings.table] - self._moved.value)",
+        "assign(new[self.settings.table])",
         "test_keras.py replacement_moves",
     ),
     Mutant(
