@@ -102,6 +102,8 @@ def update(
 
 def _summed(ranks: Ranks, statistics: Statistics) -> Statistics:
     """Statistics of all ranks, in one sum, but for the sample."""
+    if ranks.all_reduce is None:
+        return statistics
     lib, xp = ranks.lib, ranks.lib.xp
     arrays = [x for x in statistics[:-1] if x is not None]
     dtype = arrays[-1].dtype
