@@ -163,6 +163,10 @@ class VectorQuantizer(eqx.Module):
         """Vectors from tokens: exactly the output in inference; `diveq_core.layers.decode`."""
         return step.decode(self.settings, self.held(state), indices, dtype=dtype)
 
+    def perplexity(self, indices: Any) -> jax.Array:
+        """Effective number of tokens in use, for each codebook; `diveq_core.layers.perplexity`."""
+        return step.perplexity(self.settings, indices)
+
     def codebook(self, state: eqx.nn.State) -> Any:
         """The codebook as it is searched, (K, D), with axes for heads and stages before; None for `FSQ`."""
         if not self.settings.has_codebook:

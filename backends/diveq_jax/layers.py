@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from diveq_core.layers import beginning, step, upkeep
+from diveq_jax import sharding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,12 +69,17 @@ def _begun(settings: Settings, state: State, z: Any, mask: Any, key: Any, axis_n
         return state
     held, z = _constant(state), jax.lax.stop_gradient(z)
 
-    def start() -> State:
+    def start(held: State, z: Any, mask: Any, key: Any) -> State:
         return beginning.start(settings, held, z, mask=mask, rng=key, all_reduce=summed(axis_name))
 
+    def begun(held: State, *given: Any) -> State:
+        return jax.lax.cond(held["started"], lambda held, *_: held, start, held, *given)
+
     if isinstance(held["started"], jax.core.Tracer):
-        return _changed(settings, state, held, jax.lax.cond(held["started"], lambda: held, start))
-    return state if bool(held["started"]) else _changed(settings, state, held, start())
+        return _changed(settings, state, held, sharding.divided(begun, held, z, mask, key))
+    if bool(held["started"]):
+        return state
+    return _changed(settings, state, held, sharding.divided(start, held, z, mask, key))
 
 
 def _updated(settings: Settings, state: State, statistics: Any, key: Any, axis_name: Any) -> State:

@@ -35,6 +35,12 @@ def by_device(function: Callable[..., Any], *arrays: jax.Array, specs: tuple[Any
     return jax.shard_map(function, mesh=meshes[0], in_specs=specs, out_specs=out, axis_names=axes)(*placed)
 
 
+def divided(function: Callable[..., Any], *arrays: Any) -> Any:
+    """``function`` of arrays that may lie over explicit axes, divided over the devices as JAX likes; whole results."""
+    lie = any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(arrays))
+    return (jax.sharding.auto_axes(function, out_sharding=WHOLE) if lie else function)(*arrays)
+
+
 def placed_like(x: jax.Array, model: jax.Array) -> jax.Array:
     """The array, over the explicit axes over which the model lies."""
     kind = jax.typeof(model).sharding
@@ -47,8 +53,18 @@ def take_rows(codebook: jax.Array, indices: jax.Array) -> jax.Array:
     def take(codebook: jax.Array, indices: jax.Array) -> jax.Array:
         return codebook.at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
-    rows = rows_of(indices)
-    return by_device(take, codebook, indices, specs=(WHOLE, rows), out=rows)
+    rows, lies = rows_of(indices), rows_of(codebook)
+    if lies[0] is None:
+        return by_device(take, codebook, indices, specs=(WHOLE, rows), out=rows)
+
+    def gathered(codebook: jax.Array, indices: jax.Array) -> jax.Array:
+        # Each device gives what it has of the rows, and no device gets them all.
+        own = indices - jax.lax.axis_index(lies[0]) * codebook.shape[0]
+        here = jnp.logical_and(own >= 0, own < codebook.shape[0])
+        found = jax.lax.psum(jnp.where(here[:, None], take(codebook, jnp.where(here, own, 0)), 0), lies[0])
+        return jnp.where((indices < 0)[:, None], jnp.nan, found)
+
+    return by_device(gathered, codebook, indices, specs=(lies, WHOLE), out=WHOLE)
 
 
 def add_rows(total: jax.Array, values: jax.Array, segments: jax.Array) -> jax.Array:

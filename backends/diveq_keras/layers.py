@@ -167,10 +167,17 @@ class VectorQuantizer(Layer, keras.layers.Layer):
         return Quantization(out.z_q, out.indices, out.losses.total, Losses(*parts))
 
     def encode(self, z: Any, mask: Any = None) -> Any:
-        return super().encode(*_tensors((z, mask)))
+        z, mask = _tensors((z, mask))
+        # In the dtype in which a call gets it.
+        return super().encode(ops.cast(z, self.compute_dtype) if self.autocast and _floats(z) else z, mask)
 
     def decode(self, indices: Any, *, dtype: Any = None) -> Any:
-        return super().decode(_tensors(indices), dtype=dtype)
+        indices = _tensors(indices)
+        x = super().decode(indices, dtype=dtype)
+        return ops.cast(x, self.compute_dtype) if dtype is None else x
+
+    def perplexity(self, indices: Any) -> Any:
+        return super().perplexity(_tensors(indices))
 
     def start(self, z: Any, mask: Any = None) -> None:
         """Begin the codebook with vectors of a batch, as the first step in training does."""
@@ -239,6 +246,10 @@ class VectorQuantizer(Layer, keras.layers.Layer):
 
 def _tensors(x: Any) -> Any:
     return keras.tree.map_structure(lambda x: None if x is None else ops.convert_to_tensor(x), x)
+
+
+def _floats(x: Any) -> bool:
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype))
 
 
 def _traced(x: Any) -> bool:

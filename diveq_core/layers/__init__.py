@@ -9,7 +9,7 @@ from diveq_core.layers.beginning import init, noise_size, start
 from diveq_core.layers.layer import Layer, Quantization
 from diveq_core.layers.results import Forward, Losses, Point, Statistics, added
 from diveq_core.layers.settings import Settings
-from diveq_core.layers.step import decode, encode, forward, forward_vjp
+from diveq_core.layers.step import decode, encode, forward, forward_vjp, perplexity
 from diveq_core.layers.upkeep import update
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "init",
     "no_moments",
     "noise_size",
+    "perplexity",
     "start",
     "update",
 ]

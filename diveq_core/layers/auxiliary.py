@@ -88,17 +88,15 @@ def statistics(
     """The sums of one step."""
     if not settings.has_codebook:
         return Statistics(zero + 1, None, None, None)
-    counts: dict[Shape, Any] = {}
+    counts = tokens_used(lib, settings, indices)
+    if settings.on_curve:
+        # A corner is used by the segments on both sides.
+        none = lib.xp.zeros_like(counts[()][:1])
+        counts[()] = lib.xp.concat([counts[()], none]) + lib.xp.concat([none, counts[()]])
     sums: dict[Shape, Any] = {}
     samples: dict[Shape, Any] = {}
     for part, rows in zip(settings.parts, seen, strict=True):
         own, tokens = settings.own(part), lib.stop_gradient(_of_part(lib, indices, part))
-        counted = usage(tokens, settings.codebook_shape[-2] + 1 - settings.corners)
-        if settings.on_curve:
-            # A corner is used by the segments on both sides.
-            none = lib.xp.zeros_like(counted[:1])
-            counted = lib.xp.concat([counted, none]) + lib.xp.concat([none, counted])
-        counts[own] = counted + counts[own] if own in counts else counted
         if settings.codebook_update == "ema":
             total = _differences(lib, lib.stop_gradient(rows), at(state["averages"], own), tokens)
             sums[own] = total + sums[own] if own in sums else total
@@ -106,6 +104,16 @@ def statistics(
             samples[own] = _sample(lib, lib.stop_gradient(rows), tokens, settings.codebook_shape[-2])
     pieces = (joined(lib, settings, x) if x else None for x in (counts, sums, samples))
     return Statistics(zero + 1, *pieces)
+
+
+def tokens_used(lib: Backend, settings: Settings, indices: Array) -> dict[Shape, Any]:
+    """How often each token of each codebook stands in an array of tokens."""
+    counts: dict[Shape, Any] = {}
+    for part in settings.parts:
+        own = settings.own(part)
+        counted = usage(lib.stop_gradient(_of_part(lib, indices, part)), settings.token_count)
+        counts[own] = counted + counts[own] if own in counts else counted
+    return counts
 
 
 def of_head(settings: Settings, x: Array, head: int) -> Array:
@@ -136,5 +144,5 @@ def _sample(lib: Backend, rows: Array, tokens: Array, count: int) -> Array:
         return lib.nan_where(nothing > 0, nothing)
     number = lib.as_indices(lib.xp.arange(count, **lib.place(rows)))
     chosen = number * rows.shape[0] // count
-    lost = lib.xp.take(tokens, chosen, axis=0) < 0
+    lost = lib.take_rows(lib.xp.astype(tokens, rows.dtype)[:, None], chosen)[:, 0] < 0
     return lib.take_rows(rows, lib.xp.where(lost, -lib.xp.ones_like(chosen), chosen))

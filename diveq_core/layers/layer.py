@@ -65,6 +65,10 @@ class Layer:
         """Vectors from tokens: exactly the output in evaluation; `diveq_core.layers.decode`."""
         return step.decode(self.settings, self.held(), indices, dtype=dtype)
 
+    def perplexity(self, indices: Any) -> Array:
+        """Effective number of tokens in use, for each codebook; `diveq_core.layers.perplexity`."""
+        return step.perplexity(self.settings, indices)
+
     @property
     def codebook(self) -> Any:
         """The codebook as it is searched, (K, D), with axes for heads and stages before; None for `FSQ`.

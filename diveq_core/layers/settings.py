@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -173,12 +174,20 @@ class Settings:
             return codebook, self.commitment_weight
         return codebook, 0.25 if alone else 0.0
 
+    @property
+    def axes(self) -> Shape:
+        """The axes of tokens for heads and stages, as far as there are several."""
+        return tuple(count for count in (self.heads, self.stages) if count > 1)
+
+    @property
+    def codebook_axes(self) -> Shape:
+        """The same axes of the codebook, which may be shared along the first."""
+        return self.axes[1 if self.shared else 0 :]
+
     @cached_property
     def parts(self) -> list[Shape]:
         """Of each part the head and the stage, as far as there are several."""
-        heads = range(self.heads) if self.heads > 1 else [None]
-        stages = range(self.stages) if self.stages > 1 else [None]
-        return [tuple(x for x in (head, stage) if x is not None) for head in heads for stage in stages]
+        return list(itertools.product(*map(range, self.axes)))
 
     def own(self, part: Shape) -> Shape:
         """Where the codebook of a part is: its place along the first axes of the codebook."""
@@ -193,8 +202,12 @@ class Settings:
     def codebook_shape(self) -> Shape:
         """(K, D), with axes for heads and stages before."""
         assert self.codebook_size is not None
-        axes = [count for count in (self.heads, self.stages) if count > 1]
-        return (*axes[1 if self.shared else 0 :], self.codebook_size, self.width // self.heads)
+        return (*self.codebook_axes, self.codebook_size, self.width // self.heads)
+
+    @property
+    def token_count(self) -> int:
+        """How many tokens a codebook has: its codewords, the segments of a curve, the codes of `FSQ`."""
+        return self.estimator.index_count(self.codebook_shape[-2:] if self.has_codebook else None)
 
     @property
     def table(self) -> str:

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.registry import quiet
+from diveq_core.arrays.checks import checked_indices
+from diveq_core.arrays.registry import backend_of, quiet
+from diveq_core.arrays.rows import describe
+from diveq_core.diagnostics import perplexity as perplexity_of
+from diveq_core.layers.auxiliary import tokens_used
+from diveq_core.layers.results import Point
 from diveq_core.layers.run import Step, decoded
+from diveq_core.layers.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core.arrays.rows import Array
     from diveq_core.layers.results import Forward
-    from diveq_core.layers.settings import Settings
     from diveq_core.layers.words import State
 
 
@@ -158,3 +163,40 @@ def decode(settings: Settings, state: State, indices: Any, /, *, dtype: Any = No
         As `diveq_core.decode`.
     """
     return decoded(settings, state, indices, dtype)
+
+
+@quiet
+def perplexity(settings: Settings, indices: Any, /) -> Array:
+    r"""Effective number of tokens in use, for each codebook.
+
+    .. math:: \exp\Big(-\sum_k p_k \ln p_k\Big)
+
+    with :math:`p_k` the share of token k: a codeword, a segment of a curve, or a code of `FSQ`.
+
+    Parameters
+    ----------
+    settings : Settings
+    indices : integer array (...), or Point
+        As `forward` or `encode` gives them. Those of -1 are not counted.
+
+    Returns
+    -------
+    array ()
+        With axes for heads and stages, as the codebook has them; NaN where nothing was counted.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `diveq_core.usage`; if the axes for heads and stages are missing.
+    """
+    if not isinstance(settings, Settings):
+        raise TypeError(f"perplexity: settings must be a Settings, got {describe(settings)}")
+    indices = indices.segments if isinstance(indices, Point) else indices
+    lib = backend_of("perplexity", indices=indices)
+    indices, axes = checked_indices(lib, "perplexity", indices, settings.token_count), settings.axes
+    if tuple(indices.shape[indices.ndim - len(axes) :]) != axes:
+        raise ValueError(
+            f"perplexity: indices must end with the axes {axes} of heads and stages, got shape {tuple(indices.shape)}"
+        )
+    found = [perplexity_of(counts) for counts in tokens_used(lib, settings, indices).values()]
+    return found[0] if settings.codebooks == [()] else lib.xp.reshape(lib.xp.stack(found), settings.codebook_axes)

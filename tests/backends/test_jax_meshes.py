@@ -86,3 +86,44 @@ def test_the_other_calls_on_an_explicit_mesh():
         print(len(others))
     """
     assert int(run_python(code)) > 12
+
+
+@pytest.mark.usefixtures("_five_devices")
+def test_a_layer_on_an_explicit_mesh():
+    code = """
+        import jax
+        import numpy as np
+        import diveq_core as dq
+        from diveq_jax import layers
+        from jax.sharding import PartitionSpec
+
+        settings = dq.layers.Settings(3, 4, dq.STE(), codebook_update="ema", init="kmeans", replace_every=1)
+        z = np.random.default_rng(0).standard_normal((55, 3), dtype=np.float32)
+        first = dq.layers.init(settings, z, rng=np.random.default_rng(0))
+
+        @jax.jit
+        def step(state, z, key):
+            def loss(z):
+                out, after = layers.trained(settings, state, z, None, None, key, None)
+                return (out.z_q**2).sum() + out.losses.total, (out.indices, after)
+
+            return jax.grad(loss, has_aux=True)(z)
+
+        def steps(z, place):
+            state, found = jax.tree.map(place, first), []
+            for number in range(2):
+                # That none will choose.
+                state |= {"codewords": state["codewords"].at[3].add(1000.0 * number)}
+                g_z, (indices, state) = step(state, z, place(jax.random.key(number)))
+                found += [g_z, indices, *state.values()]
+            return found
+
+        expected = steps(z, jax.numpy.asarray)
+        with jax.set_mesh(jax.make_mesh((5,), ("rows",))):
+            actual = steps(jax.device_put(z, PartitionSpec("rows")), lambda x: jax.device_put(x, PartitionSpec()))
+        assert actual[0].sharding.spec[0] == "rows"
+        for ours, theirs in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        print(expected[-1].sum(), abs(expected[-5][3]).max() < 10)
+    """
+    assert run_python(code).split() == ["0.0", "True"]

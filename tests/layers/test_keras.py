@@ -267,6 +267,33 @@ def test_mixed_precision_keeps_the_state_wide():
     assert keras.backend.standardize_dtype(z_q.dtype) == "bfloat16"
     assert {x.dtype for x in layer.weights} == {"float32", "bool", "int32"}
     assert layer.arrays()["started"]
+    # Numbers that 16 bits round to other codewords' cells.
+    codebook = numbers(1, D) + 1e-3 * numbers(K, D, seed=2)
+    z = codebook[0] + 1e-3 * numbers(500, D, seed=1)
+    layer.codebook = keras.ops.convert_to_tensor(codebook)
+    wide = VectorQuantizer.from_config(layer.get_config() | {"dtype": "float32"})
+    wide.load_arrays(layer.arrays())
+    tokens = layer.encode(z)
+    assert not np.array_equal(to_numpy(tokens), to_numpy(wide.encode(z)))
+    decoded = layer.decode(tokens)
+    assert decoded.dtype == z_q.dtype
+    assert bool(keras.ops.all(decoded == layer(z)))
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
+def test_fit_begins_by_k_means():
+    # One cluster for each codeword, in the step that fit compiles on JAX.
+    centers = 10 * numbers(K, D)
+    layer = VectorQuantizer(D, K, dq.STE(), init="kmeans", seed=1, codebook_update="ema", replace_every=0)
+    model = keras.Sequential([keras.Input((D,)), layer])
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    z = np.repeat(centers, 8, axis=0) + 1e-3 * numbers(8 * K, D)
+    model.fit(z, z, batch_size=8 * K, epochs=1, verbose=0)
+    arrays = layer.arrays()
+    assert arrays["started"]
+    found = np.sort(np.abs(arrays["codewords"][:, None] - centers[None]).max(axis=-1).min(axis=1))
+    # K-means may leave one cluster between two, but a start by vectors alone is no mean of any.
+    assert found[: K // 2].max() < 1e-3
 
 
 def test_a_layer_that_is_not_trainable_stays_as_it_is():
@@ -290,7 +317,7 @@ def test_draws_follow_the_seed():
 
 
 # JAX compiles each program for seconds, so all of them run where that is asked for.
-FEW = "(gradient or (averages and not fit) or mask or functional or trainable) and not process"
+FEW = "(gradient or (averages and not fit) or mask or functional or trainable or k_means) and not process"
 
 
 @pytest.mark.parametrize("tests", [FEW, pytest.param("not process", marks=pytest.mark.slow)], ids=["few", "all"])

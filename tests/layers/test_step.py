@@ -69,6 +69,26 @@ def test_evaluation_is_what_the_tokens_decode_to(kind: str, library: Library) ->
     assert float(out.losses.total) == 0
 
 
+@BY_KIND
+def test_perplexity_is_that_of_each_codebook(kind: str, library: Library) -> None:
+    case = Case.of(kind, np.float32)
+    settings, axes = case.settings, tuple(x for x in (case.settings.heads, case.settings.stages) if x > 1)
+    tokens = LAYERS.encode(settings, case.state, case.z, mask=case.mask)
+    tokens = tokens.segments if settings.on_curve else tokens
+    by_part = tokens.reshape(-1, *axes)
+    # A codebook that heads share, or stages, has the tokens of all of them.
+    rows = by_part.reshape(-1, *axes[1:]) if settings.shared else by_part
+    columns = rows.reshape(len(rows), -1).T
+    expected = []
+    for column in columns:
+        share = np.bincount(column[column >= 0]).astype(float)
+        share = share[share > 0] / share.sum()
+        expected.append(np.exp(-(share * np.log(share)).sum()))
+    found = library.back(LAYERS.perplexity(settings, library.to(tokens)))
+    assert found.shape == (axes[1:] if settings.shared else axes)
+    np.testing.assert_allclose(found.ravel(), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("estimator", [dq.STE(), dq.DiVeQ(), dq.Radial(dq.Power(2.0)), dq.Rotation()])
 def test_a_step_is_quantize_and_the_losses(estimator: dq.Estimator, stages: int) -> None:
@@ -232,6 +252,11 @@ def test_wrong_settings_say_what_is_wrong(options: dict, text: str) -> None:
 
 
 def test_wrong_arguments_say_what_is_wrong() -> None:
+    staged = settings_of("stages in heads")
+    with pytest.raises(ValueError, match=r"perplexity: indices must end with the axes \(2, 2\) of heads and stages"):
+        LAYERS.perplexity(staged, np.zeros((5, 2), int))
+    with pytest.raises(TypeError, match=r"perplexity: settings must be a Settings, got builtins\.dict"):
+        LAYERS.perplexity({}, np.zeros((5, 2), int))  # type: ignore[arg-type]
     case = Case.of("STE")
     settings, state, z = case.settings, case.state, case.z
     with pytest.raises(ValueError, match=r"forward: z must have 6 entries along axis -1.*got \(4, 5, 7\)"):

@@ -73,4 +73,10 @@ MUTANTS = (
         'due = held["steps"] % settings.replace_every == 0',
         "test_equinox.py replaced_by_the_step",
     ),
+    Mutant(
+        "JAX: each device takes its first rows from an explicit mesh",
+        "own = indices - jax.lax.axis_index(lies[0]) * codebook.shape[0]",
+        "own = indices",
+        "test_jax_meshes.py a_layer",
+    ),
 )

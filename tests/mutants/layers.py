@@ -55,8 +55,8 @@ MUTANTS = (
     ),
     Mutant(
         "layer: a corner is used by one segment only",
-        "counted = lib.xp.concat([counted, none]) + lib.xp.concat([none, counted])",
-        "counted = lib.xp.concat([counted, none])",
+        "counts[()] = lib.xp.concat([counts[()], none]) + lib.xp.concat([none, counts[()]])",
+        "counts[()] = lib.xp.concat([counts[()], none])",
         "test_upkeep.py corner",
     ),
     Mutant(
@@ -179,5 +179,17 @@ MUTANTS = (
         "self._moved.assign(ops.zeros_like(self._moved.value))",
         "pass",
         "test_keras.py codebook_can_be_set",
+    ),
+    Mutant(
+        "layer in Keras: tokens of vectors in another dtype than a call gets",
+        "if self.autocast and _floats(z) else z, mask)",
+        "if False else z, mask)",
+        "test_keras.py mixed_precision",
+    ),
+    Mutant(
+        "layer: codebooks that heads share are counted apart",
+        "counts[own] = counted + counts[own] if own in counts else counted",
+        "counts[own] = counted",
+        "layers/test_step.py perplexity and numpy",
     ),
 )
