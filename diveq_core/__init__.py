@@ -30,6 +30,7 @@ from diveq_core.estimators.residual import Residual
 from diveq_core.estimators.rotation import Rotation
 from diveq_core.estimators.space_filling import CurveNoise, SFDiVeQ, SFDiVeQDetach
 from diveq_core.estimators.straight_through import STE
+from diveq_core.layers.tokenizer import Tokenizer
 from diveq_core.losses import codebook_loss, codebook_loss_vjp, commitment_loss, commitment_loss_vjp
 from diveq_core.options import optional_kernels, set_optional_kernels
 from diveq_core.tokens import decode, lookup, nearest
@@ -67,6 +68,7 @@ __all__ = [
     "Rotation",
     "SFDiVeQ",
     "SFDiVeQDetach",
+    "Tokenizer",
     "codebook_loss",
     "codebook_loss_vjp",
     "coefficient",

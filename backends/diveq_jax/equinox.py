@@ -11,6 +11,7 @@ from diveq_core.arrays.registry import backend_of
 from diveq_core.layers import beginning, file, step
 from diveq_core.layers.layer import Quantization, taken, with_codebook
 from diveq_core.layers.settings import DEFAULT, Settings
+from diveq_core.layers.tokenizer import Tokenizer
 from diveq_core.layers.words import words
 from diveq_jax import layers
 
@@ -187,6 +188,10 @@ class VectorQuantizer(eqx.Module):
     def load_arrays(self, arrays: dict[str, Any], state: eqx.nn.State) -> tuple[Self, eqx.nn.State]:
         """The module and its state with the arrays of another layer of the same settings, whatever its framework."""
         return self._with(taken(self.settings, self.held(state), arrays), state)
+
+    def tokenizer(self, state: eqx.nn.State, *, position_bits: int | None = None) -> Tokenizer:
+        """What encodes and decodes as this layer does in inference, as a value; `diveq_core.Tokenizer`."""
+        return Tokenizer.of_state(self.settings, self.held(state), position_bits=position_bits)
 
     def save(self, path: Any, state: eqx.nn.State) -> None:
         """Write settings and arrays to one safetensors file, which the layer of every framework reads."""

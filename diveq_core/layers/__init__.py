@@ -9,7 +9,8 @@ from diveq_core.layers.beginning import init, noise_size, start
 from diveq_core.layers.layer import Layer, Quantization
 from diveq_core.layers.results import Forward, Losses, Point, Statistics, added
 from diveq_core.layers.settings import Settings
-from diveq_core.layers.step import decode, encode, forward, forward_vjp, perplexity
+from diveq_core.layers.step import decode, encode, forward, forward_vjp, perplexity, usage
+from diveq_core.layers.tokenizer import Tokenizer
 from diveq_core.layers.upkeep import update
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Quantization",
     "Settings",
     "Statistics",
+    "Tokenizer",
     "adam",
     "added",
     "decode",
@@ -33,4 +35,5 @@ __all__ = [
     "perplexity",
     "start",
     "update",
+    "usage",
 ]

@@ -1,4 +1,4 @@
-"""Files of layers: one safetensors file holds the arrays under their names, and the settings as JSON in its header."""
+"""Files of layers and tokenizers: safetensors hold the arrays under their names, and settings as JSON in the header."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diveq_core.arrays.rows import describe
 from diveq_core.estimators.custom_radius import CustomRadius
@@ -23,9 +23,15 @@ from diveq_core.estimators.straight_through import STE
 from diveq_core.layers.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
-_FORMAT = "diveq_core.layer.1"
+    from diveq_core.estimators.base import Shape
+
+T = TypeVar("T")
+
+LAYER, TOKENIZER = "diveq_core.layer.1", "diveq_core.tokenizer.1"
+"""What a header says of its file; the number grows when an older version could not read it."""
 
 _VALUES = {
     kind.__name__: kind
@@ -47,14 +53,31 @@ def from_text(text: str) -> Settings:
 
 
 def write(path: Any, settings: Settings, arrays: dict[str, Any]) -> None:
-    """Write arrays of NumPy and settings to a file, which is whole or, if anything fails, as it was."""
-    # One entry, since several come in any order, and the same layer is to give the same bytes.
-    data = _safetensors("save").save(arrays, {_FORMAT: to_text(settings)})
+    """Write a layer's arrays of NumPy and settings to a file."""
+    write_file(path, {LAYER: to_text(settings)}, arrays)
+
+
+def read(path: Any) -> tuple[Settings, dict[str, Any]]:
+    """Settings and arrays of NumPy from a file that `write` wrote."""
+    name, header, arrays = read_file(path, LAYER)
+    settings = checked_text(name, from_text, header[LAYER])
+    check_arrays(name, arrays, settings.shapes)
+    return settings, arrays
+
+
+def write_file(path: Any, header: dict[str, str], arrays: dict[str, Any]) -> None:
+    """Write arrays of NumPy and a header of one entry to a file, which is whole or, if anything fails, as it was.
+
+    Of one, since several come in any order, and the same arrays are to give the same bytes.
+    """
+    data = _safetensors("save").save(arrays, header)
     folder = os.path.dirname(os.path.abspath(os.fspath(path)))
     handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         # As a new file has it, where the temporary one is for its owner alone.
         mask = os.umask(0)
         os.umask(mask)
@@ -65,26 +88,41 @@ def write(path: Any, settings: Settings, arrays: dict[str, Any]) -> None:
         raise
 
 
-def read(path: Any) -> tuple[Settings, dict[str, Any]]:
-    """Settings and arrays of NumPy from a file that `write` wrote."""
+def read_file(path: Any, *formats: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """The name of a file of one of some formats, its header, and its arrays."""
     _safetensors("load")
     from safetensors import SafetensorError, safe_open
 
-    name = os.fspath(path)
+    name, kinds = os.fspath(path), " or ".join(format.split(".")[1] for format in formats)
     try:
         with safe_open(name, framework="numpy") as file:
-            metadata = file.metadata() or {}
+            header = file.metadata() or {}
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
     except SafetensorError as error:
-        raise ValueError(f"load: {name} must be a safetensors file of a layer, got {error}") from error
-    if _FORMAT not in metadata:
+        raise ValueError(f"load: {name} must be a whole safetensors file of a {kinds}, got {error}") from error
+    if not any(format in header for format in formats):
+        ours = [key for key in header if key.startswith("diveq_core.")]
         raise ValueError(
-            f"load: {name} must be a file that a layer's save wrote, with {_FORMAT} in its header, got "
-            f"{', '.join(metadata) or 'a header without it'}"
+            f"load: {name} must be a file that a {kinds}'s save wrote, with {' or '.join(formats)} in its header, got "
+            f"{', '.join(ours or header) or 'a header without it'}"
+            f"{'; another version of diveq_core may read it' if ours else ''}"
         )
-    settings = _settings(name, metadata[_FORMAT])
-    if {key: tuple(x.shape) for key, x in arrays.items()} != settings.shapes:
-        raise ValueError(f"load: {name} must hold the arrays {settings.shapes}, got other ones")
+    return name, header, arrays
+
+
+def checked_text(name: str, read: Callable[[str], T], text: str) -> T:
+    """What the text of a header says, by a function that reads it."""
+    try:
+        return read(text)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"load: {name} must hold the settings that save wrote, got {text[:80]!r}: {error}") from error
+
+
+def check_arrays(name: str, arrays: dict[str, Any], shapes: dict[str, Shape]) -> None:
+    """Refuse arrays that are not those of a state, finite numbers of these shapes."""
+    got = {key: tuple(x.shape) for key, x in sorted(arrays.items())}
+    if got != shapes:
+        raise ValueError(f"load: {name} must hold the arrays {shapes}, got {got}")
     for key, x in arrays.items():
         kind = {"steps": "i", "started": "b"}.get(key, "f")
         if x.dtype.kind != kind or not (x == x).all() or abs(x.astype(float)).max() == math.inf:
@@ -92,14 +130,6 @@ def read(path: Any) -> tuple[Settings, dict[str, Any]]:
                 f"load: {key} of {name} must be finite numbers of kind {kind!r}, got {x.dtype}"
                 f"{'' if x.dtype.kind != kind else ' with NaN or infinity'}"
             )
-    return settings, arrays
-
-
-def _settings(name: str, text: str) -> Settings:
-    try:
-        return from_text(text)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"load: {name} must hold the settings of a layer, got {text[:80]!r}: {error}") from error
 
 
 def _safetensors(function: str) -> ModuleType:

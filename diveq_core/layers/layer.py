@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from diveq_core.arrays.registry import backend_of
 from diveq_core.arrays.rows import describe
 from diveq_core.layers import file, step
+from diveq_core.layers.tokenizer import Tokenizer
 from diveq_core.layers.words import State, words
 
 if TYPE_CHECKING:
@@ -96,6 +97,10 @@ class Layer:
     def load_arrays(self, arrays: dict[str, Any]) -> None:
         """Take the arrays of another layer of the same settings, whatever its framework."""
         self.hold(taken(self.settings, self.held(), arrays))
+
+    def tokenizer(self, *, position_bits: int | None = None) -> Tokenizer:
+        """What encodes and decodes as this layer does in evaluation, as a value; `diveq_core.Tokenizer`."""
+        return Tokenizer.of_state(self.settings, self.held(), position_bits=position_bits)
 
     def save(self, path: Any) -> None:
         """Write settings and arrays to one safetensors file, which the layer of every framework reads."""

@@ -24,11 +24,16 @@ if TYPE_CHECKING:
     from diveq_core.arrays.rows import Array
 
 
-def checked_state(function: str, settings: Settings, state: State) -> tuple[Any, State]:
-    """The backend of a state that fits the settings, None where it has no array; and its arrays."""
+def checked_state(function: str, settings: Settings, state: State, whole: bool = True) -> tuple[Any, State]:
+    """The backend of a state that fits the settings, None where it has no array; and its arrays.
+
+    Unless the ``whole`` state is asked for, what tokens depend on is enough.
+    """
     if not isinstance(settings, Settings):
         raise TypeError(f"{function}: settings must be a Settings, got {describe(settings)}")
     shapes = settings.shapes
+    if not whole and isinstance(state, dict) and state.keys() == settings.token_shapes.keys():
+        shapes = settings.token_shapes
     if not isinstance(state, dict) or set(state) != set(shapes):
         got = ", ".join(sorted(state)) if isinstance(state, dict) else describe(state)
         raise ValueError(f"{function}: state must hold {', '.join(shapes) or 'no array'}, got {got or 'none'}")
@@ -41,8 +46,10 @@ def checked_state(function: str, settings: Settings, state: State) -> tuple[Any,
 class Step:
     """The checked arguments of one step."""
 
-    def __init__(self, function: str, settings: Settings, state: State, z: Array, mask: Array | None) -> None:
-        _, self.state = checked_state(function, settings, state)
+    def __init__(
+        self, function: str, settings: Settings, state: State, z: Array, mask: Array | None, whole: bool = True
+    ) -> None:
+        _, self.state = checked_state(function, settings, state, whole)
         self.lib = lib = backend_of(function, z=z, **state)
         check_floating(lib, function, z=z)
         axis = settings.channel_axis
@@ -225,7 +232,7 @@ class Step:
 
 def decoded(settings: Settings, state: State, indices: Any, dtype: Any, keep: Array | None = None) -> Array:
     """Vectors from tokens, along the channel axis; zeros for those that are not to be kept."""
-    lib, arrays = checked_state("decode", settings, state)
+    lib, arrays = checked_state("decode", settings, state, whole=False)
     lib = lib or backend_of("decode", indices=indices)
     dtype = None if dtype is None else checked_dtype(lib, "decode", dtype)
     book, _ = words(lib, settings, arrays)

@@ -119,7 +119,17 @@ class Settings:
         checks.sizes(self)
         checks.together(self)
         # Now, since a compiler that traces a step can read what an instance holds and not add to it.
-        for derived in ("weights", "quantizer", "hard", "parts", "codebooks", "shapes", "parameters", "buffers"):
+        for derived in (
+            "weights",
+            "quantizer",
+            "hard",
+            "parts",
+            "codebooks",
+            "shapes",
+            "token_shapes",
+            "parameters",
+            "buffers",
+        ):
             getattr(self, derived)
 
     @property
@@ -238,6 +248,12 @@ class Settings:
             shapes["started"] = ()
         shapes |= {"steps": (), "usage": book[:-1]}
         return dict(sorted(shapes.items()))
+
+    @cached_property
+    def token_shapes(self) -> dict[str, Shape]:
+        """Those of the arrays that tokens depend on."""
+        upkeep = ("averages", "counts", "usage", "steps", "started")
+        return {name: shape for name, shape in self.shapes.items() if name not in upkeep}
 
     @property
     def from_data(self) -> bool:

@@ -123,8 +123,10 @@ def encode(settings: Settings, state: State, z: Array, /, *, mask: Array | None 
 
     Parameters
     ----------
-    settings, state, z, mask
+    settings, z, mask
         As in `forward`.
+    state : dict of array
+        As in `forward`; the arrays of ``settings.token_shapes`` are enough.
 
     Returns
     -------
@@ -136,7 +138,7 @@ def encode(settings: Settings, state: State, z: Array, /, *, mask: Array | None 
     TypeError, ValueError
         As `forward`.
     """
-    return Step("encode", settings, state, z, mask).tokens()
+    return Step("encode", settings, state, z, mask, whole=False).tokens()
 
 
 @quiet
@@ -146,7 +148,7 @@ def decode(settings: Settings, state: State, indices: Any, /, *, dtype: Any = No
     Parameters
     ----------
     settings, state
-        As in `forward`.
+        As in `encode`.
     indices : integer array (...), or Point
         As `encode` gives them. -1 gives zeros with ``not_finite="skip"``, and NaN otherwise; in a stage after the first
         it adds nothing.
@@ -166,12 +168,8 @@ def decode(settings: Settings, state: State, indices: Any, /, *, dtype: Any = No
 
 
 @quiet
-def perplexity(settings: Settings, indices: Any, /) -> Array:
-    r"""Effective number of tokens in use, for each codebook.
-
-    .. math:: \exp\Big(-\sum_k p_k \ln p_k\Big)
-
-    with :math:`p_k` the share of token k: a codeword, a segment of a curve, or a code of `FSQ`.
+def usage(settings: Settings, indices: Any, /) -> Array:
+    """How often each token stands in an array of tokens, for each codebook.
 
     Parameters
     ----------
@@ -181,22 +179,56 @@ def perplexity(settings: Settings, indices: Any, /) -> Array:
 
     Returns
     -------
-    array ()
-        With axes for heads and stages, as the codebook has them; NaN where nothing was counted.
+    array (K,)
+        With axes for heads and stages before, as the codebook has them. A token is a codeword, a segment of a curve or
+        a code of `FSQ`.
 
     Raises
     ------
     TypeError, ValueError
         As `diveq_core.usage`; if the axes for heads and stages are missing.
     """
+    return _by_codebook("usage", settings, indices, lambda counts: counts)
+
+
+@quiet
+def perplexity(settings: Settings, indices: Any, /) -> Array:
+    r"""Effective number of tokens in use, for each codebook.
+
+    .. math:: \exp\Big(-\sum_k p_k \ln p_k\Big)
+
+    with :math:`p_k` the share of token k, as `usage` counts it.
+
+    Parameters
+    ----------
+    settings, indices
+        As in `usage`.
+
+    Returns
+    -------
+    array ()
+        With axes for heads and stages, as the codebook has them; NaN where nothing was counted.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `usage`.
+    """
+    return _by_codebook("perplexity", settings, indices, perplexity_of)
+
+
+def _by_codebook(function: str, settings: Settings, indices: Any, of_counts: Callable[[Array], Array]) -> Array:
+    """What a function makes of the counts of each codebook."""
     if not isinstance(settings, Settings):
-        raise TypeError(f"perplexity: settings must be a Settings, got {describe(settings)}")
+        raise TypeError(f"{function}: settings must be a Settings, got {describe(settings)}")
     indices = indices.segments if isinstance(indices, Point) else indices
-    lib = backend_of("perplexity", indices=indices)
-    indices, axes = checked_indices(lib, "perplexity", indices, settings.token_count), settings.axes
+    lib = backend_of(function, indices=indices)
+    indices, axes = checked_indices(lib, function, indices, settings.token_count), settings.axes
     if tuple(indices.shape[indices.ndim - len(axes) :]) != axes:
         raise ValueError(
-            f"perplexity: indices must end with the axes {axes} of heads and stages, got shape {tuple(indices.shape)}"
+            f"{function}: indices must end with the axes {axes} of heads and stages, got shape {tuple(indices.shape)}"
         )
-    found = [perplexity_of(counts) for counts in tokens_used(lib, settings, indices).values()]
-    return found[0] if settings.codebooks == [()] else lib.xp.reshape(lib.xp.stack(found), settings.codebook_axes)
+    found = [of_counts(counts) for counts in tokens_used(lib, settings, indices).values()]
+    if settings.codebooks == [()]:
+        return found[0]
+    return lib.xp.reshape(lib.xp.stack(found), (*settings.codebook_axes, *found[0].shape))

@@ -87,7 +87,7 @@ def test_a_file_of_something_else_is_refused(tmp_path) -> None:
 
     path = tmp_path / "other"
     path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"load: .*other must be a safetensors file of a layer"):
+    with pytest.raises(ValueError, match=r"load: .*other must be a whole safetensors file of a layer"):
         VectorQuantizer.load(path)
     save_file({"codewords": plain()}, path)
     with pytest.raises(ValueError, match=r"load: .*other must be a file that a layer's save wrote"):
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_refused(tmp_path) -> None:
     text = to_text(vq.settings)
     for wrong in ("{", "[]", "3", text.replace("dim", "dun"), text.replace("6", "-6")):
         save_file(vq.arrays(), path, {"diveq_core.layer.1": wrong})
-        with pytest.raises(ValueError, match=r"load: .* must hold the settings of a layer"):
+        with pytest.raises(ValueError, match=r"load: .* must hold the settings that save wrote"):
             VectorQuantizer.load(path)
     words = vq.arrays()["codewords"]
     for wrong in (words * np.nan, words * np.inf, words.astype(np.int64)):

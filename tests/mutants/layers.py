@@ -192,4 +192,34 @@ MUTANTS = (
         "counts[own] = counted",
         "layers/test_step.py perplexity and numpy",
     ),
+    Mutant(
+        "tokenizer: positions rounded down",
+        "whole = lib.xp.round(tokens.positions * steps)",
+        "whole = lib.xp.floor(tokens.positions * steps)",
+        "test_tokenizer.py curve_gives_integers and numpy",
+    ),
+    Mutant(
+        "tokenizer: positions one step short on the way back",
+        "lib.xp.astype(tokens - segments * count, dtype) / (count - 1)",
+        "lib.xp.astype(tokens - segments * count, dtype) / count",
+        "test_tokenizer.py curve_gives_integers and numpy",
+    ),
+    Mutant(
+        "tokenizer: changed numbers are not noticed",
+        "found.update(arrays[name].tobytes())",
+        "pass",
+        "test_tokenizer.py changed",
+    ),
+    Mutant(
+        "tokenizer: what was marked costs distortion",
+        "lib.xp.where(kept, squares, lib.xp.zeros_like(squares))",
+        "squares",
+        "test_tokenizer.py costs_no_distortion and numpy",
+    ),
+    Mutant(
+        "tokenizer: arrays of a trace are kept",
+        "if lib.is_concrete(like) and all(lib.is_concrete(x) for x in state.values()):",
+        "if True:",
+        "test_tokenizer.py compiled",
+    ),
 )
