@@ -107,9 +107,10 @@ class Tokenizer:
             lib = backend_of("Tokenizer", codebook=codebook)
             check_floating(lib, "Tokenizer", codebook=codebook)
             estimator.check("Tokenizer", lib, None, tuple(codebook.shape))
-        else:
-            given = None if codebook is None else getattr(codebook, "shape", describe(codebook))
-            estimator.check("Tokenizer", None, None, given)  # type: ignore[arg-type]
+        elif single.codebook_axes:
+            estimator.check("Tokenizer", None, None, None)  # type: ignore[arg-type]
+        elif codebook is not None:
+            raise TypeError(f"Tokenizer: codebook must be None, since FSQ has none, got {describe(codebook)}")
         if codebook is None:
             dim, size = len(getattr(single, "levels", ())) * heads, None
         else:
