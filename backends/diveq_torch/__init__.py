@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, row_scale, safe_log
+from diveq_torch import draws
 from diveq_torch.bind import quantize
 from diveq_torch.layers import VectorQuantizer
 from diveq_torch.search import nearest_plain, nearest_rows
@@ -32,12 +33,19 @@ _FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float
 _ORDINARY = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
+def _is_traced() -> bool:
+    """Whether what is computed now may have no values."""
+    # A mode that waits for operators may trace them.
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def _is_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are ordinary values on the CPU from which nothing is recorded: free to read and overwrite."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None:
-        return False
-    # A mode that waits for operators may trace them, and there are no values then.
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if _is_traced() or forward_ad._current_level >= 0:
         return False
     recording = torch.is_grad_enabled()
     for x in tensors:
@@ -133,6 +141,10 @@ class TorchBackend(Backend):
     def standard_normal(self, function: str, z: torch.Tensor, rng: Any) -> torch.Tensor:
         if rng is not None and not isinstance(rng, torch.Generator):
             raise TypeError(f"{function}: rng must be a torch.Generator for torch tensors, got {type(rng).__name__}")
+        # A transformation of torch.func has its own way with random numbers.
+        ordinary = type(z) in _ORDINARY and not (_is_traced() or torch._C._are_functorch_transforms_active())
+        if ordinary and z.is_cpu and z.numel() > draws.CHUNK:
+            return draws.normal(z, rng)
         if rng is None:
             # torch.compile takes a generator only where every size is known.
             return torch.randn_like(z, memory_format=torch.contiguous_format)

@@ -48,9 +48,6 @@ def nearest_rows(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 def nearest_plain(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """The same of ordinary values on the CPU, past torch's dispatcher, which takes as long as a small search."""
-    # A mode or a tracer waits for each operator that is called.
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
-        return nearest_rows(z, codebook)
     dtype = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
     return _nearest_by_numpy(z, codebook if codebook.dtype == dtype else codebook.to(dtype))
 

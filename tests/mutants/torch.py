@@ -111,8 +111,8 @@ MUTANTS = (
     ),
     Mutant(
         "torch: a mode is passed by",
-        "if torch._C._len_torch_dispatch_stack() > 0:",
-        "if False:",
+        "or torch._C._len_torch_dispatch_stack() > 0",
+        "",
         "test_torch.py make_fx",
     ),
     Mutant(
@@ -163,5 +163,23 @@ MUTANTS = (
         "_SHORTEST = 2.0**-40",
         "_SHORTEST = 2.0**4",
         "test_fused.py triton_keeps",
+    ),
+    Mutant(
+        "torch: all chunks of noise from one seed",
+        "threads.map(fill, chunks, seeds)",
+        "threads.map(fill, chunks, [seeds[0]] * len(chunks))",
+        "test_torch_draws.py comes_twice or independent",
+    ),
+    Mutant(
+        "torch: chunks of noise by the number of threads",
+        "split(CHUNK)",
+        "split(CHUNK // torch.get_num_threads())",
+        "test_torch_draws.py stream_alone",
+    ),
+    Mutant(
+        "torch: chunks of noise pass a generator over",
+        "random_(-(2**63), None, generator=rng)",
+        "random_(-(2**63), None)",
+        "test_torch_draws.py stream_alone",
     ),
 )
