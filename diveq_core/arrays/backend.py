@@ -208,6 +208,9 @@ class Backend:
 
         Rows whose segment is negative are dropped. ``total`` may be overwritten.
         """
+        # In a product NaN would reach the sums of others.
+        lost = self.xp.expand_dims(segments < 0, axis=1)
+        values = self.xp.where(lost, self.xp.zeros_like(values), values)
         return total + segment_sum(self, values, segments, total.shape[0])
 
     def segment_sum(self, values: Array, segments: Array, count: int) -> Array:

@@ -14,7 +14,7 @@ from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import Array, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 P = ParamSpec("P")
@@ -134,12 +134,24 @@ def quiet(function: Callable[P, T]) -> Callable[P, T]:
 
 def _of_any(args: tuple[object, ...]) -> Backend | None:
     """The backend of the first array among them, also in a tuple or dictionary of arrays."""
-    for x in args:
-        x = tuple(x.values()) if isinstance(x, dict) else x
-        lib = _of_any(x) if isinstance(x, tuple) else _registered(x) or _first_of_standard(x)
-        if lib is not None:
-            return lib
+    arrays = list(_arrays(args))
+    # Loading what is new takes longer, and what is no array would ask for it.
+    for find in (_known, _registered, _first_of_standard):
+        for x in arrays:
+            lib = find(x)
+            if lib is not None:
+                return lib
     return None
+
+
+def _arrays(args: Any) -> Iterator[object]:
+    for x in args:
+        if isinstance(x, dict):
+            yield from x.values()
+        elif isinstance(x, tuple):
+            yield from _arrays(x)
+        else:
+            yield x
 
 
 def _first_of_standard(x: object) -> Backend | None:
@@ -153,10 +165,17 @@ def _first_of_standard(x: object) -> Backend | None:
         return None
 
 
-def _registered(x: object) -> Backend | None:
+def _known(x: object) -> Backend | None:
     for backend in _backends:
         if backend.owns(x):
             return backend
+    return None
+
+
+def _registered(x: object) -> Backend | None:
+    lib = _known(x)
+    if lib is not None:
+        return lib
     for backend in _this.refreshed:
         if backend.owns(x):
             return backend

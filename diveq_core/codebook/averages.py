@@ -190,7 +190,9 @@ def ema_update(
     total = ranks.sum(total)
 
     c = total[:, -1]
-    used, n, rate, share = rates(lib, state.counts, c, decay)
+    used, old, n, rate = rates(lib, state.counts, c, decay)
+    # What a codeword keeps of itself.
+    share = xp.where(used, old / xp.where(used, n, xp.ones_like(n)), xp.ones_like(n))
     # Means of finite vectors pass the largest number by rounding only.
     limit = float(xp.finfo(dtype).max) * scale
     begin = centre + xp.where(centre == scaled, xp.zeros_like(scaled), share[:, None] * scaled)
@@ -204,16 +206,14 @@ def ema_update(
 def rates(lib: Backend, counts: Array, c: Array, decay: Any) -> tuple[Array, Array, Array, Array]:
     """What a step's counts make of moving averages, each (..., K).
 
-    Which codewords were used, the new counts :math:`n`, the rate :math:`(1-m)/n` of a codeword's vectors, and the share
-    :math:`m n_{old}/n` that it keeps.
+    Which codewords were used, what is left of the old counts, :math:`m n_{old}`, the new ones :math:`n`, and the rate
+    :math:`(1-m)/n` of a codeword's vectors.
     """
-    xp = lib.xp
-    used = (c > 0) & xp.isfinite(c)
-    zeros, ones = xp.zeros_like(c), xp.ones_like(c)
-    old = xp.where((counts > 0) & xp.isfinite(counts), counts, zeros)
-    n = decay * old + (1 - decay) * xp.where(used, c, zeros)
-    divisor = xp.where(used, n, ones)
-    return used, n, xp.where(used, (1 - decay) / divisor, zeros), xp.where(used, decay * old / divisor, ones)
+    xp, zeros, infinity = lib.xp, lib.xp.zeros_like(c), float("inf")
+    used = (c > 0) & (c < infinity)
+    old = decay * xp.where((counts > 0) & (counts < infinity), counts, zeros)
+    n = old + (1 - decay) * xp.where(used, c, zeros)
+    return used, old, n, xp.where(used, (1 - decay) / xp.where(used, n, xp.ones_like(n)), zeros)
 
 
 def _largest(lib: Backend, z: Array, dtype: Any) -> Array:

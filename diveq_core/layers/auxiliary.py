@@ -61,10 +61,10 @@ def auxiliary(
                 value = loss(own, q, tokens, mask=counted)
             values[number] = value if values[number] is None else values[number] + value
     count = len(settings.parts)
-    codebook, commitment = (None if value is None else value / count for value in values)
-    total = zero
-    for weight, value in zip(weights, (codebook, commitment), strict=True):
-        total = total if value is None else total + weight * value
+    codebook, commitment = (value if value is None or count == 1 else value / count for value in values)
+    terms = [w * value for w, value in zip(weights, (codebook, commitment), strict=True) if value is not None]
+    # Never one of them itself: a caller may add to it in place.
+    total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def pullback(g: Any) -> tuple[Array, Array]:
         g_x = [lib.xp.zeros_like(seen[0]) for _ in range(settings.heads)]
@@ -131,10 +131,7 @@ def _of_part(lib: Backend, indices: Array, part: Shape) -> Array:
 def _differences(lib: Backend, rows: Array, averages: Array, tokens: Array) -> Array:
     """Sum of the differences of vectors to the average of their codeword, (K, D)."""
     means = lib.astype(averages, rows.dtype)
-    d = rows - lib.take_rows(means, tokens)
-    # A library may add up by products, in which NaN would reach the sums of others.
-    d = lib.xp.where(lib.xp.expand_dims(tokens < 0, axis=1), lib.xp.zeros_like(d), d)
-    return lib.segment_sum(d, tokens, means.shape[0])
+    return lib.segment_sum(rows - lib.take_rows(means, tokens), tokens, means.shape[0])
 
 
 def _sample(lib: Backend, rows: Array, tokens: Array, count: int) -> Array:

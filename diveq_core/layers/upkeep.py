@@ -90,12 +90,12 @@ def update(
     wide = lib.compute_dtype(state["usage"].dtype)
     state["usage"] = lib.astype(state["usage"], wide) + lib.astype(statistics.counts, wide)
     if settings.codebook_update == "ema":
-        for name, x in _averaged(lib, settings, state, statistics).items():
-            state[name] = xp.where(happened, x, lib.astype(before[name], x.dtype))
-    if settings.replaces:
+        state |= _averaged(lib, settings, state, statistics)
+        # Of no step the counts alone would change.
+        state["counts"] = xp.where(happened, state["counts"], lib.astype(before["counts"], state["counts"].dtype))
+    if settings.replaces and replace is not False:
         due = xp.logical_and(happened, state["steps"] % settings.replace_every == 0)
-        replace = bool(due) if replace is None and lib.reads_free(due) else replace
-        if replace is None or replace:
+        if replace or not lib.reads_free(due) or bool(due):
             state = _replaced(ranks, settings, state, statistics.sample, due, noise, rng)
     return state
 
@@ -125,9 +125,8 @@ def _averaged(lib: Backend, settings: Settings, state: State, statistics: Statis
     wide = lib.compute_dtype(averages.dtype)
     old, c, s = (lib.astype(x, wide) for x in (state["counts"], statistics.counts, statistics.sums))
     # Sums that overflowed are of no vector.
-    there = xp.all(xp.isfinite(s), axis=-1)
-    c, s = xp.where(there, c, xp.zeros_like(c)), xp.where(there[..., None], s, xp.zeros_like(s))
-    used, n, rate, _ = rates(lib, old, c, settings.ema_decay)
+    c = xp.where(xp.all(xp.isfinite(s), axis=-1), c, xp.zeros_like(c))
+    used, _, n, rate = rates(lib, old, c, settings.ema_decay)
     moved = lib.astype(averages, wide) + rate[..., None] * s
     rounded = lib.astype(moved, state["codewords"].dtype)
     written = xp.logical_and(used, xp.all(xp.isfinite(rounded), axis=-1))[..., None]

@@ -19,9 +19,11 @@ MUTANTS = (
     ),
     Mutant(
         "EMA: decay exchanged",
-        "decay * old + (1 - decay) * xp.where",
-        "(1 - decay) * old + decay * xp.where",
+        "old = decay * xp.where",
+        "old = (1 - decay) * xp.where",
         "test_averages.py sums_over_counts and numpy",
+        within="rates",
+        also=(("(1 - decay) * xp.where(used, c", "decay * xp.where(used, c"),),
     ),
     Mutant(
         "EMA: rate without 1 - m",
