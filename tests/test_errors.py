@@ -76,7 +76,10 @@ def test_eight_bits_are_no_named_dtype(name: str):
     assert_says(error, "decode", "dtype must have a real floating dtype", "float8_e4m3fn")
 
 
-@pytest.mark.parametrize("dtype", ["foo", "complex64", "int32", 3, object()], ids=lambda x: type(x).__name__)
+NO_DTYPES = ["foo", "complex64", "int32", 3, object(), np.ones(3)]
+
+
+@pytest.mark.parametrize("dtype", NO_DTYPES, ids=lambda x: type(x).__name__)
 def test_dtype_of_decoded_vectors(library: Library, dtype: object):
     indices, codebook = library.to(np.array([0, 1])), library.to(CODEBOOK)
     of_layer = layers.Settings(D, K, dq.STE())

@@ -27,10 +27,10 @@ def check_floating(lib: Backend, function: str, **arrays: Array) -> None:
 def checked_dtype(lib: Backend, function: str, dtype: Any, *, name: str = "dtype") -> Any:
     """The library's own real floating dtype that was meant, by its name say."""
     own = (getattr(lib.xp, known, None) for known in ("float32", "float64", "float16", "bfloat16"))
-    if any(dtype == known for known in own):
-        return dtype
     try:
-        # Libraries say in many ways what is no dtype.
+        # Libraries say in many ways what is no dtype, and arrays that they are not compared so.
+        if any(dtype == known for known in own):
+            return dtype
         sample = lib.xp.zeros((0,), dtype=dtype)
     except Exception as error:
         raise TypeError(

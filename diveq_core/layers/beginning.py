@@ -15,7 +15,7 @@ from diveq_core.codebook.clustering import kmeans
 from diveq_core.codebook.first_curve import tour
 from diveq_core.codebook.ranks import Ranks
 from diveq_core.layers.auxiliary import of_head
-from diveq_core.layers.run import Step
+from diveq_core.layers.run import Step, check_settings
 from diveq_core.layers.words import State, joined
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def init(settings: Settings, like: Array, /, *, noise: Array | None = None, rng:
     TypeError, ValueError
         If dtypes or shapes do not fit.
     """
+    check_settings("init", settings)
     lib = backend_of("init", like=like)
     check_floating(lib, "init", like=like)
     dtype, place = lib.compute_dtype(like.dtype), lib.place(like)

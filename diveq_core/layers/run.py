@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     from diveq_core.arrays.rows import Array
 
 
+def check_settings(function: str, settings: Settings) -> None:
+    """Refuse what no settings are."""
+    if not isinstance(settings, Settings):
+        raise TypeError(f"{function}: settings must be a Settings, got {describe(settings)}")
+
+
 def checked_state(function: str, settings: Settings, state: State, whole: bool = True) -> tuple[Any, State]:
     """The backend of a state that fits the settings, None where it has no array; and its arrays.
 
     Unless the ``whole`` state is asked for, what tokens depend on is enough.
     """
-    if not isinstance(settings, Settings):
-        raise TypeError(f"{function}: settings must be a Settings, got {describe(settings)}")
+    check_settings(function, settings)
     shapes = settings.shapes
     if not whole and isinstance(state, dict) and state.keys() == settings.token_shapes.keys():
         shapes = settings.token_shapes

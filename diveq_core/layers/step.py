@@ -16,7 +16,7 @@ from diveq_core.arrays.rows import describe
 from diveq_core.diagnostics import perplexity as perplexity_of
 from diveq_core.layers.auxiliary import tokens_used
 from diveq_core.layers.results import Point
-from diveq_core.layers.run import Step, decoded
+from diveq_core.layers.run import Step, check_settings, decoded
 from diveq_core.layers.settings import Settings
 
 if TYPE_CHECKING:
@@ -219,8 +219,7 @@ def perplexity(settings: Settings, indices: Any, /) -> Array:
 
 def _by_codebook(function: str, settings: Settings, indices: Any, of_counts: Callable[[Array], Array]) -> Array:
     """What a function makes of the counts of each codebook."""
-    if not isinstance(settings, Settings):
-        raise TypeError(f"{function}: settings must be a Settings, got {describe(settings)}")
+    check_settings(function, settings)
     indices = indices.segments if isinstance(indices, Point) else indices
     lib = backend_of(function, indices=indices)
     indices, axes = checked_indices(lib, function, indices, settings.token_count), settings.axes

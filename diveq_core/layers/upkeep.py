@@ -80,6 +80,8 @@ def update(
     lib, state = checked_state("update", settings, state)
     if not isinstance(statistics, Statistics):
         raise TypeError(f"update: statistics must be a Statistics, as forward gives it, got {describe(statistics)}")
+    if replace is not None and not isinstance(replace, bool):
+        raise TypeError(f"update: replace must be True, False or None, got {describe(replace)}")
     if not settings.has_codebook:
         return state
     xp, ranks = lib.xp, Ranks(lib, "update", all_reduce)

@@ -277,3 +277,9 @@ def test_wrong_arguments_say_what_is_wrong() -> None:
         LAYERS.start(settings, state, case.z)
     with pytest.raises(TypeError, match="init: like must have a real floating dtype"):
         LAYERS.init(case.settings, np.zeros(1, int))
+    with pytest.raises(TypeError, match=r"init: settings must be a Settings, got builtins\.dict"):
+        LAYERS.init({}, np.zeros(1))
+    statistics = case.step().statistics
+    for replace in (1, np.ones(2), "no"):
+        with pytest.raises(TypeError, match="update: replace must be True, False or None, got "):
+            LAYERS.update(case.settings, case.state, statistics, replace=replace)
