@@ -229,8 +229,11 @@ class _Loss:
     def error(self, z: Array, codebook: Array) -> Array:
         """``z - q`` (N, D), zero where masked."""
         lib = self.lib
-        z = lib.astype(flat_rows(lib, z), self.compute_dtype)
-        q = lib.astype(lib.take_rows(codebook, self.indices), self.compute_dtype)
+        z, indices = lib.astype(flat_rows(lib, z), self.compute_dtype), self.indices
+        if self.mask is not None:
+            # No NaN is made by the mark -1 of what is masked: JAX can be told to stop at one.
+            indices = lib.xp.where(self.mask[:, 0], indices, lib.xp.zeros_like(indices))
+        q = lib.astype(lib.take_rows(codebook, indices), self.compute_dtype)
         if self.mask is None:
             return z - q
         # Before the difference: a derivative of it would bring a masked NaN back.

@@ -131,7 +131,9 @@ def _of_part(lib: Backend, indices: Array, part: Shape) -> Array:
 def _differences(lib: Backend, rows: Array, averages: Array, tokens: Array) -> Array:
     """Sum of the differences of vectors to the average of their codeword, (K, D)."""
     means = lib.astype(averages, rows.dtype)
-    return lib.segment_sum(rows - lib.take_rows(means, tokens), tokens, means.shape[0])
+    # Where no codeword was chosen, any will do: no sum has a part of it.
+    d = rows - lib.take_rows(means, lib.xp.where(tokens < 0, lib.xp.zeros_like(tokens), tokens))
+    return lib.segment_sum(d, tokens, means.shape[0])
 
 
 def _sample(lib: Backend, rows: Array, tokens: Array, count: int) -> Array:
@@ -139,7 +141,17 @@ def _sample(lib: Backend, rows: Array, tokens: Array, count: int) -> Array:
     if rows.shape[0] == 0:
         nothing = lib.xp.ones((count, rows.shape[1]), dtype=rows.dtype, **lib.place(rows))
         return lib.nan_where(nothing > 0, nothing)
-    number = lib.as_indices(lib.xp.arange(count, **lib.place(rows)))
-    chosen = number * rows.shape[0] // count
+    chosen = _evenly(lib, rows, count)
     lost = lib.take_rows(lib.xp.astype(tokens, rows.dtype)[:, None], chosen)[:, 0] < 0
     return lib.take_rows(rows, lib.xp.where(lost, -lib.xp.ones_like(chosen), chosen))
+
+
+def _evenly(lib: Backend, rows: Array, count: int) -> Array:
+    """The first of each of ``count`` equal parts of the rows, (count,)."""
+    xp, number = lib.xp, lib.as_indices(lib.xp.arange(count, **lib.place(rows)))
+    total, largest = rows.shape[0], int(xp.iinfo(number.dtype).max)
+    # A number that is left open while a function is exported is not compared, and needs not be in 64 bits.
+    if largest < 1 << 62 and isinstance(total, int) and (count - 1) * total > largest:
+        # The products would leave 32 bits and wrap.
+        return xp.asarray([k * total // count for k in range(count)], dtype=number.dtype, **lib.place(rows))
+    return number * total // count

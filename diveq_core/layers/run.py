@@ -228,10 +228,9 @@ class Step:
         """Tokens (B, ..., stages), -1 in the stages that an example does not use."""
         lib, xp = self.lib, self.lib.xp
         numbers = lib.as_indices(xp.arange(self.settings.stages, **lib.place(indices)))
-        shape = (stages.shape[0], *(1,) * (self.x.ndim - 2)) if self.x.ndim > 1 else ()
-        used = numbers < xp.expand_dims(xp.reshape(stages, shape), axis=-1)
-        if self.settings.heads > 1:
-            used = xp.expand_dims(used, axis=-2)
+        # All of one rank: JAX can be told to refuse others.
+        numbers = xp.reshape(numbers, (*(1,) * (indices.ndim - 1), self.settings.stages))
+        used = numbers < xp.reshape(stages, (stages.shape[0], *(1,) * (indices.ndim - 1)))
         return xp.where(xp.logical_or(used, numbers == 0), indices, -xp.ones_like(indices))
 
 

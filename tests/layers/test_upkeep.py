@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import diveq_core as dq
+from diveq_core.arrays.registry import backend_of
+from diveq_core.layers import auxiliary
 from layer_cases import DIM, LAYERS, Case, K, plain
 from libraries import library_named
 from ranks import Simulated, in_threads
@@ -108,6 +110,17 @@ def test_statistics_add_up() -> None:
     once = LAYERS.update(case.settings, case.state, added)
     whole = LAYERS.update(case.settings, case.state, joined)
     np.testing.assert_allclose(once["codewords"], whole["codewords"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["numpy", "jax", "mlx"])
+def test_a_sample_of_many_vectors_for_many_codewords(name: str) -> None:
+    library, count, rows = library_named(name), 1 << 16, (1 << 15) + 1
+    settings = LAYERS.Settings(1, count, dq.STE(), init="normal")
+    z, tokens = (library.to(x) for x in (np.arange(rows, dtype=np.float32)[:, None], np.zeros(rows, np.int32)))
+    lib = backend_of("test", z=z)
+    sample = library.back(auxiliary.statistics(lib, settings, {}, [z], tokens, z[0, 0]).sample)
+    # The product of both numbers does not fit 32 bits, in which two of these libraries count.
+    np.testing.assert_array_equal(sample[:, 0], np.arange(count, dtype=np.int64) * rows // count)
 
 
 @pytest.mark.parametrize("kind", ["averages", "plain", "linear", "stages"])

@@ -61,9 +61,21 @@ MUTANTS = (
     ),
     Mutant(
         "layer: sums of averages are of vectors",
-        "rows - lib.take_rows(means, tokens)",
-        "rows + 0 * lib.take_rows(means, tokens)",
+        "d = rows - lib.take_rows(means,",
+        "d = rows + 0 * lib.take_rows(means,",
         "test_upkeep.py those_of_ema_update",
+    ),
+    Mutant(
+        "layer: a sample of very many vectors is counted in 32 bits",
+        "(count - 1) * total > largest",
+        "(count - 1) * total > largest**2",
+        "test_upkeep.py many_codewords and mlx",
+    ),
+    Mutant(
+        "layer: stages are compared with examples of another rank",
+        "numbers = xp.reshape(numbers, (*(1,) * (indices.ndim - 1), self.settings.stages))",
+        "numbers = xp.reshape(numbers, (self.settings.stages,))",
+        "test_jax_settings.py layer and heads and dropout",
     ),
     Mutant(
         "layer: averages move without a step",

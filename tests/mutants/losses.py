@@ -26,6 +26,12 @@ MUTANTS = (
         "test_losses.py plain_automatic and numpy and codebook",
     ),
     Mutant(
+        "losses: the mark of what is masked makes NaN",
+        "indices = lib.xp.where(self.mask[:, 0], indices, lib.xp.zeros_like(indices))",
+        "indices = lib.xp.where(self.mask[:, 0], indices, indices)",
+        "test_jax_settings.py make_no_nan",
+    ),
+    Mutant(
         "losses: half the gradient",
         "(2 * self.lib.astype(g",
         "(self.lib.astype(g",
