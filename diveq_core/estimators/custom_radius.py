@@ -64,7 +64,8 @@ class CustomRadius:
         return value
 
     def log(self, lib: Backend, q: Array, z: Array) -> Array:
-        return safe_log(lib, self._value(q, z))
+        # The logarithm first: a function may compute in a wider dtype, of a wider range.
+        return lib.astype(safe_log(lib, self._value(q, z)), q.dtype)
 
     def log_gradients(self, lib: Backend, q: Array, z: Array) -> Gradients:
         if self.log_r_gradients is None:
@@ -84,4 +85,5 @@ class CustomRadius:
                         f"{name}, {tuple(q.shape)}, got {tuple(gradient.shape)}"
                     )
         zero = self._value(q, z) == 0
+        to_q, to_z = (lib.astype(gradient, q.dtype) for gradient in (to_q, to_z))
         return zero_rows(lib, zero, to_q), zero_rows(lib, zero, to_z)

@@ -175,7 +175,8 @@ class Rule:
 
     def _scattered(self, total: Array, indices: Any, g_q: Array) -> Array:
         """The codebook's cotangent so far, (K, D), and that of some rows."""
-        width = total.shape[1]
+        # A radius or an estimator of one's own may compute in a wider dtype.
+        g_q, width = self.lib.astype(g_q, total.dtype), total.shape[1]
         for corner, chosen in enumerate(self._corners(indices)):
             part = g_q if g_q.shape[1] == width else g_q[:, corner * width : (corner + 1) * width]
             total = self.lib.segment_add(total, part, chosen)

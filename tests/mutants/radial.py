@@ -126,4 +126,16 @@ MUTANTS = (
         "for x in _numbers(lib, self.matrix)]).tobytes()[:0]",
         "test_radius.py equal_matrices and numpy",
     ),
+    Mutant(
+        "custom radius: ln r in the dtype of the function",
+        "return lib.astype(safe_log(lib, self._value(q, z)), q.dtype)",
+        "return safe_log(lib, self._value(q, z))",
+        "test_wider.py radius and jax",
+    ),
+    Mutant(
+        "custom radius: gradients in the dtype of the function",
+        "lib.astype(gradient, q.dtype)",
+        "lib.astype(gradient, gradient.dtype)",
+        "test_wider.py radius and jax",
+    ),
 )

@@ -55,6 +55,12 @@ MUTANTS = (
         "test_estimators.py verbs_are_plain and numpy and DiVeQ",
     ),
     Mutant(
+        "rule: a codeword's cotangent in a wider dtype than the sum",
+        "self.lib.astype(g_q, total.dtype)",
+        "self.lib.astype(g_q, g_q.dtype)",
+        "test_wider.py an and estimator and jax",
+    ),
+    Mutant(
         "rule: few vectors keep what they gave",
         "lib.copy(q) if self.hard else",
         "q if self.hard else",
