@@ -206,7 +206,7 @@ class VectorQuantizer(eqx.Module):
         path
             Of a file that ``save`` wrote.
         **options
-            ``axis_name`` and the like.
+            ``axis_name`` and the like, and what is to differ from the file, ``channel_axis`` say.
         """
         settings, arrays = file.read(path)
         given = {"key": jax.random.key(0)} | settings.given() | options

@@ -151,6 +151,6 @@ class VectorQuantizer(Layer, nnx.Module):
         rngs : nnx.Rngs, optional
             For training on; by default ``nnx.Rngs(0)``.
         **options
-            ``axis_name`` and the like.
+            ``axis_name`` and the like, and what is to differ from the file, ``channel_axis`` say.
         """
         return super().load(path, rngs=nnx.Rngs(0) if rngs is None else rngs, **options)

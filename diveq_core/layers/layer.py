@@ -115,11 +115,12 @@ class Layer:
         path
             Of a file that ``save`` wrote.
         **options
-            Those of the framework, device and dtype say.
+            Those of the framework, device and dtype say, and what is to differ from the file: ``channel_axis=1`` in a
+            framework whose images have their channels first.
         """
         settings, arrays = file.read(path)
-        given, options = settings.given(), cls.of_arrays(arrays) | options
-        layer: Any = cls(given.pop("dim"), given.pop("codebook_size"), **given, **options)  # type: ignore[call-arg]
+        given = settings.given() | cls.of_arrays(arrays) | options
+        layer: Any = cls(given.pop("dim"), given.pop("codebook_size"), **given)  # type: ignore[call-arg]
         layer.load_arrays(arrays)
         return layer
 

@@ -49,6 +49,18 @@ def trained(settings: dq.layers.Settings) -> VectorQuantizer:
     return vq
 
 
+def test_a_file_of_channels_last_is_loaded_for_channels_first(tmp_path) -> None:
+    vq, path = trained(settings_of("plain")), tmp_path / "layer.safetensors"
+    vq.save(path)
+    first = VectorQuantizer.load(path, channel_axis=1)
+    assert first.settings.channel_axis == 1
+    z = np.random.default_rng(9).standard_normal((3, 4, 5, DIM)).astype(np.float32)
+    np.testing.assert_array_equal(first.encode(np.moveaxis(z, -1, 1)), vq.encode(z))
+    np.testing.assert_array_equal(first.decode(vq.encode(z)), np.moveaxis(vq.decode(vq.encode(z)), -1, 1))
+    with pytest.raises(ValueError, match="codewords must have shape"):
+        VectorQuantizer.load(path, codebook_size=K + 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_holds_the_layer(kind: str, tmp_path) -> None:
     pytest.importorskip("torch")
