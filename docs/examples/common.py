@@ -44,6 +44,12 @@ def missing(package: str) -> SystemExit:
     return SystemExit(f"{Path(sys.argv[0]).name}: needs {package}; pip install 'diveq-core[examples]'")
 
 
+def progress(step: int, steps: int, loss: Any) -> None:
+    """Say ten times how far the training is."""
+    if (step + 1) % max(1, steps // 10) == 0:
+        print(f"step {step + 1} of {steps}: loss {float(loss):.4f}", flush=True)
+
+
 def table(rows: Sequence[tuple[str, str]], *saved: Path) -> None:
     """Print figures beside their names, how long the script took, and what it wrote."""
     rows = [*rows, ("seconds", f"{time.perf_counter() - START:.0f}")]

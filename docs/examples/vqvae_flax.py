@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 import digits
+from common import progress
 from diveq_jax.flax import VectorQuantizer
 
 
@@ -74,6 +75,7 @@ def train(model: VQVAE, images: np.ndarray, steps: int, seed: int) -> list[float
             schedule = optax.cosine_decay_schedule(digits.RATE, steps - warmup)
             optimizer = nnx.Optimizer(model, optax.adam(schedule), wrt=nnx.Param)
         curve.append(train_step(model, optimizer, x, jnp.asarray(noise), quantize=step >= warmup))
+        progress(step, steps, curve[-1])
     return [float(error) for error in curve]
 
 

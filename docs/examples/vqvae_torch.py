@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import digits
+from common import progress
 from diveq_torch import VectorQuantizer
 
 
@@ -66,6 +67,7 @@ def train(model: VQVAE, images: np.ndarray, steps: int, seed: int) -> list[float
         if schedule is not None:
             schedule.step()
         curve.append(float(error.detach()))
+        progress(step, steps, curve[-1])
     return curve
 
 
