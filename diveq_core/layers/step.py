@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from diveq_core.arrays.checks import checked_indices
 from diveq_core.arrays.registry import backend_of, quiet
-from diveq_core.arrays.rows import describe
 from diveq_core.diagnostics import perplexity as perplexity_of
 from diveq_core.layers.auxiliary import tokens_used
 from diveq_core.layers.results import Point
 from diveq_core.layers.run import Step, check_settings, decoded
-from diveq_core.layers.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from diveq_core.arrays.rows import Array
     from diveq_core.layers.results import Forward
+    from diveq_core.layers.settings import Settings
     from diveq_core.layers.words import State
 
 
