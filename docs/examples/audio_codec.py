@@ -24,7 +24,7 @@ RATE, HOP = 8000, 64
 EMPHASIS, SCALE = 0.9, 1500
 """The codec hears high frequencies, where speech is weak, louder; and numbers of about unit size."""
 
-DIM, CODES, STAGES = 32, 256, 8
+DIM, CODES = 32, 256
 LENGTH, BATCH = 64, 16
 """Frames of an excerpt, and excerpts of a step."""
 
@@ -46,13 +46,13 @@ class Block(eqx.Module):
 
 
 class Codec(eqx.Module):
-    """Sound (B, 64 T) to tokens (B, T, 8) and back."""
+    """Sound (B, 64 T) to tokens (B, T, stages) and back."""
 
     encoder: eqx.nn.Sequential
     vq: VectorQuantizer
     decoder: eqx.nn.Sequential
 
-    def __init__(self, key: jax.Array, channels: int = 128) -> None:
+    def __init__(self, stages: int, key: jax.Array, channels: int = 128) -> None:
         keys = jax.random.split(key, 9)
         blocks = [Block(channels, k) for k in keys[:4]]
         self.encoder = eqx.nn.Sequential(
@@ -63,7 +63,7 @@ class Codec(eqx.Module):
             ]
         )
         # Each excerpt uses a random number of stages in training, so that any number of the first ones will do.
-        dropped = {"stages": STAGES, "quantizer_dropout": True}
+        dropped = {"stages": stages, "quantizer_dropout": True}
         averages = {"codebook_update": "ema", "ema_decay": 0.95, "replace_every": 50}
         self.vq = VectorQuantizer(DIM, CODES, dq.STE(), key=keys[6], **dropped, **averages)
         self.decoder = eqx.nn.Sequential(
@@ -149,11 +149,13 @@ def train(
 
 
 def decoded(model: Codec, state: eqx.nn.State, x: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Tokens (T, 8) of a sound, and what their first one, two, ... stages decode to."""
+    """Tokens (T, stages) of a sound, and what their first one, two, ... stages decode to."""
     model = eqx.nn.inference_mode(model)
     tokens = eqx.filter_jit(lambda x: model.vq.encode(model.vectors(x), state))(x[None])
     sound = eqx.filter_jit(lambda tokens: model.sound(model.vq.decode(tokens, state)))
-    sounds = [sound(jnp.where(jnp.arange(STAGES) < count, tokens, -1)) for count in range(1, STAGES + 1)]
+    stages = jnp.arange(tokens.shape[-1])
+    # A token of -1 adds nothing.
+    sounds = [sound(jnp.where(stages <= last, tokens, -1)) for last in stages]
     return np.asarray(tokens[0]), [np.asarray(y[0]) for y in sounds]
 
 
@@ -173,24 +175,26 @@ def picture(path: Path, sounds: dict[str, np.ndarray], ratios: list[float]) -> N
         levels = np.asarray(spectra(jnp.asarray(x)[None], 256))[0].T
         place.imshow(levels, "magma", origin="lower", aspect="auto", vmin=-2, vmax=4, extent=(0, len(x) / RATE, 0, 4))
         place.set(title=name, xlabel="seconds", ylabel="kHz")
-    last.plot(range(1, STAGES + 1), ratios, "o-")
-    last.set(
-        title="Held-out speech", xlabel="stages = kbit/s", ylabel="signal to noise, dB", xticks=range(1, STAGES + 1)
-    )
+    stages = range(1, len(ratios) + 1)
+    last.plot(stages, ratios, "o-")
+    last.set(title="Held-out speech", xlabel="stages = kbit/s", ylabel="signal to noise, dB", xticks=stages)
     figure.savefig(path, dpi=90)
 
 
 def main() -> None:
     parser = options(__doc__, steps=1000, out="audio_codec")
     parser.add_argument("--data", type=Path, default=SPEECH, help="folder of wav files")
+    parser.add_argument("--stages", type=int, default=8, help="of the quantizer, 2 or more")
     given = parsed(parser)
+    if given.stages < 2:
+        parser.error(f"--stages must be at least 2, got {given.stages}")
     sounds = load(given.data)
     if len(sounds) < 10:
         print(f"skipped: there are no ten wav files in {given.data}; apt-get install asterisk-core-sounds-en-wav")
         return
     held_out, rest = sounds[::10], [x for i, x in enumerate(sounds) if i % 10]
 
-    model, state = eqx.nn.make_with_state(Codec)(jax.random.key(given.seed))
+    model, state = eqx.nn.make_with_state(Codec)(given.stages, jax.random.key(given.seed))
     model, state, curve = train(model, state, rest, given.steps, given.seed)
     model.vq.save(given.out / "quantizer.safetensors", state)
 
@@ -198,12 +202,14 @@ def main() -> None:
     tokens, sounds_of = decoded(model, state, unheard)
     unheard, sounds_of = restored(unheard), [restored(y) for y in sounds_of]
     ratios = [snr(unheard, y) for y in sounds_of]
-    used = [np.count_nonzero(dq.usage(tokens[:, stage], CODES)) for stage in range(STAGES)]
+    used = [np.count_nonzero(dq.usage(tokens[:, stage], CODES)) for stage in range(given.stages)]
     # One sentence to listen to: the longest.
     start = sum(len(x) for x in held_out[: int(np.argmax([len(x) for x in held_out]))])
     sentence = slice(start, start + max(len(x) for x in held_out))
     shown = {"original": unheard[sentence]} | {
-        f"{count} stage{'s' * (count > 1)}": sounds_of[count - 1][sentence] for count in (1, 2, 4, 8)
+        f"{count} stage{'s' * (count > 1)}": sounds_of[count - 1][sentence]
+        for count in (1, 2, 4, 8)
+        if count <= given.stages
     }
     for name, x in shown.items():
         write(given.out / f"{name.replace(' ', '_')}.wav", x)
@@ -212,7 +218,10 @@ def main() -> None:
         [
             ("speech, minutes", f"{sum(map(len, rest)) / RATE / 60:.1f}, held out {len(unheard) / RATE / 60:.1f}"),
             ends(curve),
-            *((f"{i + 1} kbit/s", f"{ratios[i]:.2f} dB, the stage uses {used[i]} codewords") for i in range(STAGES)),
+            *(
+                (f"{i + 1} kbit/s", f"{ratios[i]:.2f} dB, the stage uses {used[i]} codewords")
+                for i in range(given.stages)
+            ),
         ],
         *sorted(given.out.glob("*.wav")),
         given.out / "audio_codec.png",

@@ -101,7 +101,8 @@ def main() -> None:
     torch.manual_seed(given.seed)
 
     # Channels are first in PyTorch, and last in what Flax wrote.
-    model = VQVAE(VectorQuantizer.load(given.model.with_suffix(".safetensors"), channel_axis=1)).eval()
+    vq = VectorQuantizer.load(given.model.with_suffix(".safetensors"), channel_axis=1, dtype=torch.float32)
+    model = VQVAE(vq).eval()
     model.load(digits.read(given.model.with_suffix(".npz")))
     images, kinds = digits.load()
     with torch.no_grad():
