@@ -90,7 +90,8 @@ class VectorQuantizer(Layer, nn.Module):
             if name in self.settings.parameters:
                 self.register_parameter(name, nn.Parameter(x))
             else:
-                self.register_buffer(name, x)
+                # Whoever averages the buffers of models subtracts them, which truth values do not allow.
+                self.register_buffer(name, x.float() if name == "started" else x)
         self._pending: Statistics | None = None
         self._number = next(_numbers)
         # Of what is drawn between steps; together with the number of the step it is all that a resumed run needs.
@@ -102,6 +103,9 @@ class VectorQuantizer(Layer, nn.Module):
 
     def held(self) -> State:
         return {name: getattr(self, name) for name in self.settings.shapes}
+
+    def arrays(self) -> dict[str, Any]:
+        return {name: x.astype(bool) if name == "started" else x for name, x in super().arrays().items()}
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, Any]) -> dict[str, Any]:

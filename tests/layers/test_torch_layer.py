@@ -286,6 +286,32 @@ def test_a_layer_that_loads_a_first_state_begins_anew() -> None:
     assert (vq.codewords != first["codewords"]).any()
 
 
+@pytest.mark.parametrize("kind", ["plain", "averages", "linear", "FSQ"])
+@pytest.mark.parametrize("average", ["swa", "ema"])
+def test_an_averaged_model(kind: str, average: str) -> None:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    vq = layer(kind)
+    options = {} if average == "swa" else {"multi_avg_fn": get_ema_multi_avg_fn(0.5)}
+    averaged, seen = AveragedModel(vq, use_buffers=True, **options), []
+    for seed in range(3):
+        vq(vectors(seed))
+        vq.update()
+        averaged.update_parameters(vq)
+        seen.append({name: x.clone() for name, x in vq.state_dict().items()})
+    weights = (1 / 3, 1 / 3, 1 / 3) if average == "swa" else (0.25, 0.25, 0.5)
+    for name, x in averaged.module.state_dict().items():
+        if name != "steps":
+            expected = sum(w * state[name] for w, state in zip(weights, seen, strict=True))
+            torch.testing.assert_close(x, expected)
+    tokens = averaged.module.eval().encode(vectors())
+    torch.testing.assert_close(averaged.module.decode(tokens), averaged(vectors()).z_q, rtol=0, atol=0)
+    if kind != "FSQ":
+        started = averaged.module.arrays()["started"]
+        assert started.dtype == bool
+        assert started
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["plain", "averages", "projected", "FSQ"])
 def test_autocast_and_sixteen_bits(kind: str, dtype: torch.dtype) -> None:
