@@ -94,7 +94,6 @@ def train(generator: Generator, photographs: list[torch.Tensor], given: Any) -> 
     critic = discriminator()
     of_generator = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.9))
     of_critic = torch.optim.Adam(critic.parameters(), 1e-3, betas=(0.5, 0.9))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(of_generator, given.steps)
     rng, before, curve = np.random.default_rng(given.seed), Generator(), []
     for step in range(given.steps):
         x = crops(photographs, rng)
@@ -108,7 +107,6 @@ def train(generator: Generator, photographs: list[torch.Tensor], given: Any) -> 
         of_generator.zero_grad()
         (loss + out.loss).backward()
         of_generator.step()
-        schedule.step()
         if step >= given.steps // 2:
             judged = relu(1 - critic(x)).mean() + relu(1 + critic(y.detach())).mean()
             of_critic.zero_grad()
@@ -151,7 +149,7 @@ def picture(path: Path, images: dict[str, np.ndarray]) -> None:
 
 def main() -> None:
     parser = options(__doc__, steps=800, out="vqgan")
-    parser.add_argument("--adversary", type=float, default=0.1, help="weight of the critic, in the second half")
+    parser.add_argument("--adversary", type=float, default=0.3, help="weight of the critic, in the second half")
     given = parsed(parser)
     torch.manual_seed(given.seed)
     photographs, cat = load()
