@@ -142,6 +142,7 @@ def _sample(lib: Backend, rows: Array, tokens: Array, count: int) -> Array:
         nothing = lib.xp.ones((count, rows.shape[1]), dtype=rows.dtype, **lib.place(rows))
         return lib.nan_where(nothing > 0, nothing)
     chosen = _evenly(lib, rows, count)
+    # As rows too, which a library takes from wherever they lie.
     lost = lib.take_rows(lib.xp.astype(tokens, rows.dtype)[:, None], chosen)[:, 0] < 0
     return lib.take_rows(rows, lib.xp.where(lost, -lib.xp.ones_like(chosen), chosen))
 

@@ -60,9 +60,14 @@ def write(path: Any, settings: Settings, arrays: dict[str, Any]) -> None:
 def read(path: Any) -> tuple[Settings, dict[str, Any]]:
     """Settings and arrays of NumPy from a file that `write` wrote."""
     name, header, arrays = read_file(path, LAYER)
+    return checked_layer(name, header, arrays), arrays
+
+
+def checked_layer(name: str, header: dict[str, str], arrays: dict[str, Any]) -> Settings:
+    """The settings of a layer's file, whose arrays fit them."""
     settings = checked_text(name, from_text, header[LAYER])
     check_arrays(name, arrays, settings.shapes)
-    return settings, arrays
+    return settings
 
 
 def write_file(path: Any, header: dict[str, str], arrays: dict[str, Any]) -> None:

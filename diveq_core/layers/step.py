@@ -16,6 +16,7 @@ from diveq_core.diagnostics import perplexity as perplexity_of
 from diveq_core.layers.auxiliary import tokens_used
 from diveq_core.layers.results import Point
 from diveq_core.layers.run import Step, check_settings, decoded
+from diveq_core.layers.words import joined
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -226,7 +227,5 @@ def _by_codebook(function: str, settings: Settings, indices: Any, of_counts: Cal
         raise ValueError(
             f"{function}: indices must end with the axes {axes} of heads and stages, got shape {tuple(indices.shape)}"
         )
-    found = [of_counts(counts) for counts in tokens_used(lib, settings, indices).values()]
-    if settings.codebooks == [()]:
-        return found[0]
-    return lib.xp.reshape(lib.xp.stack(found), (*settings.codebook_axes, *found[0].shape))
+    counts = tokens_used(lib, settings, indices)
+    return joined(lib, settings, {own: of_counts(found) for own, found in counts.items()})

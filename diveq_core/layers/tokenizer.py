@@ -14,7 +14,7 @@ from diveq_core.arrays.checks import check_floating, checked_count, checked_indi
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import describe
 from diveq_core.codebook.linear import LinearCodebook, linear_codebook
-from diveq_core.estimators.base import check_estimator
+from diveq_core.estimators.base import Single, check_estimator
 from diveq_core.estimators.gumbel import GumbelST
 from diveq_core.estimators.product import Product
 from diveq_core.estimators.residual import Residual
@@ -230,10 +230,9 @@ class Tokenizer:
         TypeError, ValueError
             As `diveq_core.decode`.
         """
-        lib = backend_of("decode", tokens=tokens.segments if isinstance(tokens, Point) else tokens)
-        point = self._parted(lib, "decode", tokens)
-        like = point.segments if isinstance(point, Point) else point
-        return step.decode(self.settings, self._state(lib, like), point, dtype=dtype)
+        found = self._parted("decode", tokens)
+        like = found.segments if isinstance(found, Point) else found
+        return step.decode(self.settings, self._state(backend_of("decode", tokens=like), like), found, dtype=dtype)
 
     @quiet
     def distortion(self, z: Array, mask: Array | None = None) -> Array:
@@ -271,11 +270,11 @@ class Tokenizer:
         tokens
             As `encode` gives them; -1 is not counted.
         """
-        return step.usage(self.settings, self._indices("usage", tokens))
+        return step.usage(self.settings, self._parted("usage", tokens))
 
     def perplexity(self, tokens: Any) -> Array:
         """Effective number of codewords in use, for each codebook; `diveq_core.layers.perplexity`."""
-        return step.perplexity(self.settings, self._indices("perplexity", tokens))
+        return step.perplexity(self.settings, self._parted("perplexity", tokens))
 
     def save(self, path: Any) -> None:
         """Write settings and arrays to one safetensors file; it appears whole or not at all."""
@@ -301,7 +300,7 @@ class Tokenizer:
         """
         name, header, arrays = file.read_file(path, file.TOKENIZER, file.LAYER)
         if file.LAYER in header:
-            return cls.of_state(*file.read(path))
+            return cls.of_state(file.checked_layer(name, header, arrays), arrays)
         settings, digest, position_bits = file.checked_text(name, _read_header, header[file.TOKENIZER])
         file.check_arrays(name, arrays, settings.token_shapes)
         if digest != _digest(file.to_text(settings), arrays):
@@ -332,21 +331,16 @@ class Tokenizer:
         position = lib.astype(lib.xp.where(there, whole, lib.xp.zeros_like(whole)), tokens.segments.dtype)
         return lib.xp.where(there, tokens.segments * (steps + 1) + position, tokens.segments)
 
-    def _parted(self, lib: Backend, function: str, tokens: Any) -> Any:
-        """The segments and positions of a curve."""
+    def _parted(self, function: str, tokens: Any) -> Any:
+        """The segments and positions of a curve, of tokens that are single integers."""
         if self.position_bits is None:
             return tokens
+        lib = backend_of(function, tokens=tokens)
         tokens = checked_indices(lib, function, tokens, self.token_count, bound="token_count")
         count = 1 << self.position_bits
         segments = tokens // count
-        dtype = lib.xp.asarray(self._arrays["codewords"][:0]).dtype
+        dtype = self._state(lib, tokens)["codewords"].dtype
         return Point(segments, lib.xp.astype(tokens - segments * count, dtype) / (count - 1))
-
-    def _indices(self, function: str, tokens: Any) -> Any:
-        """Tokens of a curve as segments and positions."""
-        if self.position_bits is None:
-            return tokens
-        return self._parted(backend_of(function, tokens=tokens), function, tokens)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_placed": {}}
@@ -381,7 +375,7 @@ def _parts(estimator: Quantizer) -> tuple[Quantizer, int, int]:
         single, heads = single.estimator, single.groups
     if isinstance(single, Residual):
         single, stages = single.estimator, single.stages
-    if not hasattr(single, "corners") or not getattr(single, "keeps_space", False):
+    if not isinstance(single, Single) or not single.keeps_space:
         raise TypeError(
             f"Tokenizer: estimator must be a single one that takes vectors, a Residual, a Product, or a Product of a "
             f"Residual of one, got {describe(estimator)}"
@@ -389,13 +383,13 @@ def _parts(estimator: Quantizer) -> tuple[Quantizer, int, int]:
     return single, heads, stages
 
 
-def _hard(estimator: Quantizer) -> Quantizer:
+def _hard(estimator: Any) -> Quantizer:
     """An estimator of the same tokens, without options of training."""
     if not estimator.codebook_axes:
         return estimator
     if not estimator.keeps_space:
         return GumbelST()
-    return SFDiVeQDetach() if getattr(estimator, "corners", 1) > 1 else STE()
+    return SFDiVeQDetach() if estimator.corners > 1 else STE()
 
 
 def _plain(settings: Settings) -> Settings:

@@ -30,7 +30,7 @@ def joined(lib: Backend, settings: Settings, pieces: dict[Shape, Array]) -> Arra
     if len(pieces) == 1 and settings.codebooks == [()]:
         return first
     stacked = lib.xp.stack([pieces[own] for own in settings.codebooks], axis=0)
-    return lib.xp.reshape(stacked, (*settings.codebook_shape[:-2], *first.shape))
+    return lib.xp.reshape(stacked, (*settings.codebook_axes, *first.shape))
 
 
 def words(

@@ -75,6 +75,8 @@ def test_a_checkpoint_of_a_compiled_layer_counts_once() -> None:
 
 
 @pytest.mark.slow
+# The compiler uses what torch itself has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_default_compiler(name: str) -> None:
     same(run(OPTIONS[name], lambda f: torch.compile(f, fullgraph=True)), run(OPTIONS[name], lambda f: f))
