@@ -1,7 +1,7 @@
 """Standard normal numbers on all threads of a CPU, where torch itself draws on one.
 
-They are cut into chunks of one size, each from a generator of its own, whose whole state is drawn from the caller's
-stream: so they follow from that stream alone, whatever the number of threads. Of 19,937 bits drawn for each, no chunk repeats another.
+They are cut into chunks of one size, each from a generator of its own, whose whole state, of 624 words, is drawn from
+the caller's stream: so they follow from that stream alone, whatever the number of threads.
 """
 
 from __future__ import annotations
