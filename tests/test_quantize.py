@@ -241,12 +241,8 @@ def test_many_rows(library: Library, estimator: dq.Estimator):
     assert_close(out.z_q, expected, library, **CLOSE)
     cotangents = pullback(library.to(noise))
     assert_close(cotangents[0], g_z, library, **CLOSE)
-    if library.name == "array_api_strict":
-        # Its segment sum is a product with zeros and ones, by which NaN spreads.
-        assert np.isnan(library.back(cotangents[1])).any()
-    else:
-        # A sum of 40009 / K numbers of order one, added in float32 in any order.
-        assert_close(cotangents[1], g_codebook, library, rtol=1e-4, atol=0.02)
+    # A sum of 40009 / K numbers of order one, added in float32 in any order; the one that is not finite is in none.
+    assert_close(cotangents[1], g_codebook, library, rtol=1e-4, atol=0.02)
 
 
 def by_definition(z, codebook, estimator, noise, indices):

@@ -224,6 +224,11 @@ OTHERS: dict[str, Row] = {
         lambda z, codebook: tuple(dq.project(z, codebook)),
         decode=lambda z, codebook: dq.decode_curve(*dq.project(z, codebook)[1:], codebook),
     ),
+    "Tokenizer": Row(
+        _pair,
+        lambda z, codebook: dq.lookup(dq.Tokenizer(codebook).encode(z), codebook),
+        decode=lambda z, codebook: (lambda tokenizer: tokenizer.decode(tokenizer.encode(z)))(dq.Tokenizer(codebook)),
+    ),
     "curve_init": Row(_cluster, lambda z, noise: dq.curve_init(z, K, noise=noise)),
     "kmeans": Row(_cluster, lambda z, noise: tuple(dq.kmeans(z, K, noise=noise))),
     "kmeans_plus_plus": Row(_cluster, lambda z, noise: dq.kmeans_plus_plus(z, K, noise=noise)),
