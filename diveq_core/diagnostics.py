@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from diveq_core.estimators.radii import Radius
 
 
-# Indices that are counted in one sum, in float32.
-_COUNTED_AT_ONCE = 1 << 20
-
-
 @quiet
 def coefficient(g: Array, z: Array, q: Array, /) -> Array:
     r"""Coefficient of the radial term, per vector: the first-order price of quantizing it.
@@ -173,19 +169,9 @@ def usage(indices: Array, count: int, /) -> Array:
     count = checked_count("usage", "count", count)
     indices = checked_indices(lib, "usage", indices, count, bound="count")
     flat = lib.xp.reshape(indices, (math.prod(indices.shape),))
-    # A number that is left open while a function is exported is not compared.
-    if not isinstance(flat.shape[0], int) or flat.shape[0] <= _COUNTED_AT_ONCE:
-        return _counted(lib, flat, count)
-    # Sums of ones in float32 end at 2^24; the sum of these sums in integers does not.
-    total = lib.xp.zeros((count,), dtype=flat.dtype, **lib.place(flat))
-    for start in range(0, flat.shape[0], _COUNTED_AT_ONCE):
-        total = total + lib.astype(_counted(lib, flat[start : start + _COUNTED_AT_ONCE], count), flat.dtype)
-    return lib.astype(total, lib.xp.float32)
-
-
-def _counted(lib: Backend, indices: Array, count: int) -> Array:
-    ones = lib.xp.ones((indices.shape[0], 1), dtype=lib.xp.float32, **lib.place(indices))
-    return lib.segment_sum(ones, indices, count)[:, 0]
+    # Sums of ones in float32 would end at 2^24.
+    ones = lib.xp.ones((flat.shape[0], 1), dtype=lib.xp.int32, **lib.place(flat))
+    return lib.astype(lib.segment_sum(ones, flat, count)[:, 0], lib.xp.float32)
 
 
 @quiet

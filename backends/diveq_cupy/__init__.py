@@ -44,6 +44,9 @@ class CuPyBackend(Backend):
             )
         return drawn.astype(z.dtype, copy=False)
 
+    def sums_in_parts(self, x: Any) -> bool:
+        return True
+
     def segment_add(self, total: Any, values: Any, segments: Any) -> Any:
         # One segment more takes the rows whose segment is negative.
         count, width = total.shape

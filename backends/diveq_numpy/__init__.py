@@ -112,6 +112,9 @@ class NumPyBackend(Backend):
     def by_rows(self, function: Callable[..., Any], *arrays: Any) -> Any:
         return in_blocks(lambda like, shape: np.empty(shape, like.dtype), _BLOCK_ENTRIES, function, *arrays)
 
+    def sums_in_parts(self, x: np.ndarray) -> bool:
+        return True
+
     def segment_add(self, total: np.ndarray, values: np.ndarray, segments: np.ndarray) -> np.ndarray:
         if self.any_negative(segments):
             values, segments = values[segments >= 0], segments[segments >= 0]

@@ -185,12 +185,16 @@ class TorchBackend(Backend):
             return in_blocks(torch.Tensor.new_empty, _BLOCK_ENTRIES, function, *arrays)
         return function(*arrays)
 
+    def sums_in_parts(self, x: torch.Tensor) -> bool:
+        # The number of rows may be open in what is compiled.
+        return not torch.compiler.is_compiling()
+
     def segment_add(self, total: torch.Tensor, values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
         if _is_plain(total, values, segments) and not self.any_negative(segments):
             return total.index_add_(0, segments, values)
         # Not by one segment more: the vmap of torch.autograd.functional knows no concatenation.
         lost = segments < 0
-        return total.index_add(0, torch.where(lost, 0, segments), torch.where(lost[:, None], 0.0, values))
+        return total.index_add(0, torch.where(lost, 0, segments), torch.where(lost[:, None], 0, values))
 
     def take_rows(self, codebook: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         if _is_plain(codebook, indices):

@@ -199,6 +199,10 @@ class Backend:
         rho, u = self.direction(x)
         return rho, u.times(1.0)
 
+    def sums_in_parts(self, x: Array) -> bool:
+        """Whether `segment_add` of the rows of ``x`` takes no longer for many segments than for few."""
+        return False
+
     def by_rows(self, function: Callable[..., Array], *arrays: Array | None) -> Array:
         """``function(*arrays)``, which acts row by row, possibly a block of rows at a time."""
         return function(*arrays)
@@ -251,14 +255,14 @@ class Backend:
         return self.xp.concat(parts)
 
     def cumulative_sum(self, x: Array) -> Array:
-        """Sums of the first numbers, (N,)."""
+        """Sums of the first numbers, along the last axis."""
         xp = self.xp
         if self._has("cumulative_sum"):
-            return xp.cumulative_sum(x)
+            return xp.cumulative_sum(x, axis=-1)
         # Each step doubles how many numbers a sum has.
         reach = 1
-        while reach < x.shape[0]:
-            x = x + xp.concat([xp.zeros_like(x[:reach]), x[:-reach]])
+        while reach < x.shape[-1]:
+            x = x + xp.concat([xp.zeros_like(x[..., :reach]), x[..., :-reach]], axis=-1)
             reach *= 2
         return x
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from diveq_core.arrays.backend import Backend
     from diveq_core.arrays.rows import Array
 
+# Weights that are added up one by one.
+_BLOCK = 1 << 12
+
 
 def normal(lib: Backend, function: str, like: Array, shape: tuple[int, ...], noise: Array | None, rng: Any) -> Array:
     """Standard normal noise of a shape, in the compute dtype and on the device of ``like``: as given, or drawn."""
@@ -53,9 +56,27 @@ def standard_gumbel(lib: Backend, function: str, like: Array, rng: Any, dtype: A
 def pick(lib: Backend, weights: Array, positions: Array) -> Array:
     """Indices (M,) into weights (N,) at positions (M,) in [0, 1) of their cumulative sum; never one of weight 0."""
     xp = lib.xp
-    cumulative = lib.cumulative_sum(weights)
+    cumulative = running_sums(lib, weights)
     below_one = 1 - 2 * float(xp.finfo(positions.dtype).eps)
     inside = within(lib, positions, 0.0, below_one) * cumulative[-1]
     # Counting the sums not above a position: the first index whose sum is above it.
-    found = lib.searchsorted(cumulative, inside, side="right")
-    return within(lib, found, 0, weights.shape[0] - 1)
+    found = within(lib, lib.searchsorted(cumulative, inside, side="right"), 0, weights.shape[0] - 1)
+    # Where a library adds up in parallel, a sum may move by rounding at a weight of 0.
+    heaviest = lib.astype(xp.argmax(weights, axis=0, keepdims=True), found.dtype)
+    return xp.where(xp.take(weights, found, axis=0) > 0, found, heaviest)
+
+
+def running_sums(lib: Backend, weights: Array) -> Array:
+    """Sums of the first weights, (N,).
+
+    In blocks: added one by one, weights would be lost beside a sum that is 2^24 times as large, in float32.
+    """
+    xp, count = lib.xp, weights.shape[0]
+    if count <= _BLOCK:
+        return lib.cumulative_sum(weights)
+    blocks = -(-count // _BLOCK)
+    padding = xp.zeros((blocks * _BLOCK - count,), dtype=weights.dtype, **lib.place(weights))
+    inside = lib.cumulative_sum(xp.reshape(xp.concat([weights, padding]), (blocks, _BLOCK)))
+    ends = lib.cumulative_sum(inside[:, -1])
+    before = xp.concat([xp.zeros_like(ends[:1]), ends[:-1]])
+    return xp.reshape(inside + before[:, None], (blocks * _BLOCK,))[:count]

@@ -22,7 +22,7 @@ from diveq_core.arrays.checks import (
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import Array, describe, larger, smaller
 from diveq_core.codebook.ranks import Ranks, finite_rows
-from diveq_core.codebook.spread import each_block
+from diveq_core.codebook.spread import each_block, segment_totals
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,10 +172,8 @@ def ema_update(
     scale = _scale(lib, means, largest)
     scaled = means * scale
     centre = xp.where(xp.abs(scaled) > 2 * scale * largest, xp.zeros_like(means), scaled)
-    total = xp.zeros((codebook.shape[0], codebook.shape[1] + 1), dtype=dtype, **lib.place(means))
 
-    def add(z: Array, segments: Array) -> None:
-        nonlocal total
+    def counted(z: Array, segments: Array) -> tuple[Array, Array]:
         rows, finite = finite_rows(lib, lib.astype(z, dtype))
         chosen = xp.logical_and(finite, segments >= 0)
         segments = xp.where(chosen, segments, xp.full_like(segments, -1))
@@ -183,11 +181,9 @@ def ema_update(
         # Sums of differences, not of vectors: an offset that all vectors share costs no digits. From zero where the
         # codeword is far longer, which would cost them all.
         d = xp.where(chosen[:, None], rows * scale - q, xp.zeros_like(rows))
-        counted = xp.concat([d, xp.astype(chosen, dtype)[:, None]], axis=1)
-        total = lib.segment_add(total, counted, segments)
+        return xp.concat([d, xp.astype(chosen, dtype)[:, None]], axis=1), segments
 
-    each_block(lib, add, rows, segments)
-    total = ranks.sum(total)
+    total = ranks.sum(segment_totals(lib, means, counted, rows, segments))
 
     c = total[:, -1]
     used, old, n, rate = rates(lib, state.counts, c, decay)

@@ -13,7 +13,7 @@ from diveq_core.arrays.draws import uniform
 from diveq_core.arrays.registry import backend_of
 from diveq_core.arrays.rows import Array, power_of_two, smaller, within
 from diveq_core.codebook.ranks import Ranks
-from diveq_core.codebook.spread import each_block, reach_of, spread
+from diveq_core.codebook.spread import reach_of, segment_totals, spread
 
 if TYPE_CHECKING:
     import numbers
@@ -90,14 +90,11 @@ class Frame:
         """One iteration."""
         lib, xp = self.lib, self.lib.xp
         indices = self.nearest(e)
-        total = xp.zeros((e.shape[0], e.shape[1] + 1), dtype=e.dtype, **lib.place(e))
 
-        def add(y: Array, weights: Array, indices: Array) -> None:
-            nonlocal total
-            total = lib.segment_add(total, xp.concat([y, weights[:, None]], axis=1), indices)
+        def counted(y: Array, weights: Array, indices: Array) -> tuple[Array, Array]:
+            return xp.concat([y, weights[:, None]], axis=1), indices
 
-        each_block(lib, add, self.y, self.weights, indices)
-        total = self.ranks.sum(total)
+        total = self.ranks.sum(segment_totals(lib, e, counted, self.y, self.weights, indices))
         c = total[:, -1:]
         moved = xp.where(c > 0, total[:, :-1] / xp.where(c > 0, c, xp.ones_like(c)), e)
         empty = c[:, 0] == 0

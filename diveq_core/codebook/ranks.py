@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.draws import normal, pick
+from diveq_core.arrays.draws import normal, pick, running_sums
 from diveq_core.arrays.rows import describe, larger, power_of_two, within
 from diveq_core.codebook.spread import each_block
 
@@ -124,7 +124,7 @@ class Ranks:
         both = self.sum(xp.stack([xp.where(here, mass, nothing), xp.where(here, shared, nothing)]))
         masses, sharers = both[0, :], both[1, :]
         owners = pick(lib, masses, positions)
-        cumulative = lib.cumulative_sum(masses)
+        cumulative = running_sums(lib, masses)
         # Where in the owner's vectors; rounding may lead a little outside, from where `pick` returns.
         before = xp.take(cumulative - masses, owners)
         own = xp.take(masses, owners)

@@ -217,7 +217,10 @@ class Step:
                     f"{kept_stages.dtype} {tuple(kept_stages.shape)}"
                 )
             return lib.as_indices(kept_stages)
-        pairs = lib.xp.zeros((batch, 2), dtype=self.dtype, **lib.place(self.z))
+        # Of the vectors, so that each device of a mesh draws for its own.
+        examples = self.x if self.x.ndim > 1 else lib.xp.expand_dims(self.x, axis=0)
+        zeros = lib.xp.sum(lib.xp.zeros_like(examples), axis=tuple(range(1, examples.ndim)))
+        pairs = lib.astype(lib.xp.stack([zeros, zeros], axis=-1), self.dtype)
         return 1 + lib.as_indices(
             lib.xp.astype(
                 lib.xp.floor(uniform(lib, lib.standard_normal(self.function, pairs, rng)) * count), lib.xp.int32

@@ -83,6 +83,16 @@ def test_the_other_calls_on_an_explicit_mesh():
                 assert found.sharding.spec[0] == "rows"
                 whole = jax.device_put(many[:, 0], PartitionSpec())
                 np.testing.assert_allclose(found, draw(whole, placed(words)), rtol=1e-5, atol=1e-5)
+            tokens = np.arange(5 * 220_000).reshape(5, -1) % 7
+            np.testing.assert_array_equal(dq.usage(placed(tokens), 7), dq.usage(tokens, 7))
+            # So is the number of stages of each example.
+            settings = dq.layers.Settings(3, 7, stages=3, quantizer_dropout=True, init="normal", replace_every=0)
+            state = dq.layers.init(settings, placed(words), rng=jax.random.key(0))
+            step = jax.jit(lambda z: dq.layers.forward(settings, state, z, train=True, rng=jax.random.key(1)))
+            found, whole = (step(z).indices for z in (placed(many), jax.device_put(many, PartitionSpec())))
+            assert found.sharding.spec[0] == "rows"
+            np.testing.assert_array_equal(found == -1, whole == -1)
+            assert len(set((np.asarray(found[:, 0]) >= 0).sum(axis=-1))) > 1
         print(len(others))
     """
     assert int(run_python(code)) > 12

@@ -57,8 +57,8 @@ MUTANTS = (
     ),
     Mutant(
         "EMA: each rank by itself",
-        "total = ranks.sum(total)",
-        "total = total + 0",
+        "total = ranks.sum(segment_totals(lib, means, counted, rows, segments))",
+        "total = segment_totals(lib, means, counted, rows, segments)",
         "test_averages.py ranks_move and numpy",
     ),
     Mutant(
@@ -224,5 +224,41 @@ MUTANTS = (
         "xp.where(xp.isfinite(new), new, other)",
         "xp.where(xp.isfinite(new), new, new)",
         "test_range.py ends_of_the_range",
+    ),
+    Mutant(
+        "draws: a weight of zero is picked",
+        "xp.where(xp.take(weights, found, axis=0) > 0, found, heaviest)",
+        "xp.where(xp.take(weights, found, axis=0) >= 0, found, heaviest)",
+        "test_draws.py zero_is_never and jax",
+    ),
+    Mutant(
+        "draws: all weights are added up one by one",
+        "if count <= _BLOCK:",
+        "if count > 0:",
+        "test_draws.py heavy_one and numpy",
+    ),
+    Mutant(
+        "draws: a block forgets those before it",
+        "inside + before[:, None]",
+        "inside + 0 * before[:, None]",
+        "test_draws.py in_proportion and numpy",
+    ),
+    Mutant(
+        "sums of vectors: all are added up one by one",
+        "if isinstance(rows, int) and lib.sums_in_parts(arrays[0]):",
+        "if rows is None:",
+        "test_range.py equal_vectors and numpy or float32_counts",
+    ),
+    Mutant(
+        "sums of vectors: the first part alone",
+        "xp.sum(xp.reshape(total, (parts, count, width + 1)), axis=0)",
+        "total[:count, :]",
+        "test_range.py in_parts and numpy",
+    ),
+    Mutant(
+        "sums of vectors: the mark is a segment of the part before",
+        "segments = xp.where(segments < 0, segments, segments + count *",
+        "segments = xp.where(segments < -1, segments, segments + count *",
+        "test_range.py in_parts and numpy",
     ),
 )

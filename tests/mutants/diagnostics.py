@@ -7,8 +7,8 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant(
         "usage: one sum of ones",
-        "flat.shape[0] <= _COUNTED_AT_ONCE",
-        "flat.shape[0] > 0",
+        "dtype=lib.xp.int32, **lib.place(flat)",
+        "dtype=lib.xp.float32, **lib.place(flat)",
         "test_diagnostics.py beyond_the_whole",
     ),
     Mutant(

@@ -234,4 +234,10 @@ MUTANTS = (
         "if True:",
         "test_tokenizer.py compiled",
     ),
+    Mutant(
+        "layer: stages are drawn on one device for all",
+        "zeros = lib.xp.sum(lib.xp.zeros_like(examples), axis=tuple(range(1, examples.ndim)))",
+        "zeros = lib.xp.zeros(examples.shape[0], dtype=examples.dtype)",
+        "test_jax_meshes.py other_calls",
+    ),
 )

@@ -27,8 +27,8 @@ MUTANTS = (
     ),
     Mutant(
         "torch: repeated indices lost where recorded",
-        ".index_add(0, torch.where(lost, 0, segments), torch.where(lost[:, None], 0.0, values))",
-        ".index_copy(0, torch.where(lost, 0, segments).long(), torch.where(lost[:, None], 0.0, values))",
+        ".index_add(0, torch.where(lost, 0, segments), torch.where(lost[:, None], 0, values))",
+        ".index_copy(0, torch.where(lost, 0, segments).long(), torch.where(lost[:, None], 0, values))",
         second("DiVeQ"),
     ),
     Mutant(
