@@ -112,6 +112,8 @@ def each_block(lib: Backend, function: Callable[..., None], *arrays: Array) -> N
 def segment_totals(lib: Backend, model: Array, function: Callable[..., tuple[Array, Array]], *arrays: Array) -> Array:
     """Sums (K, D + 1) beside a codebook (K, D) of what ``function`` makes of blocks of rows: values, segments.
 
+    The values of a row that has no segment, -1, must be zeros.
+
     In parts: of equal vectors half a million added one by one are off by half a percent in float32, and ones end at
     2^24.
     """
@@ -128,7 +130,7 @@ def segment_totals(lib: Backend, model: Array, function: Callable[..., tuple[Arr
         *own, number = block
         values, segments = function(*own)
         if parts > 1:
-            segments = xp.where(segments < 0, segments, segments + count * lib.astype(number, segments.dtype))
+            segments = segments + count * lib.astype(number, segments.dtype)
         total = lib.segment_add(total, values, segments)
 
     each_block(lib, add, *arrays, number)

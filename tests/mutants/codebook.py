@@ -255,10 +255,4 @@ MUTANTS = (
         "total[:count, :]",
         "test_range.py in_parts and numpy",
     ),
-    Mutant(
-        "sums of vectors: the mark is a segment of the part before",
-        "segments = xp.where(segments < 0, segments, segments + count *",
-        "segments = xp.where(segments < -1, segments, segments + count *",
-        "test_range.py in_parts and numpy",
-    ),
 )
