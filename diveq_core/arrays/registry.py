@@ -121,7 +121,7 @@ def quiet(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> T:
-        lib = _of_any(args)
+        lib = _of_any((*args, *options.values()))
         if lib is None:
             return function(*args, **options)
         out = lib.quiet(function)(*args, **options)

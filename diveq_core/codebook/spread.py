@@ -118,20 +118,21 @@ def segment_totals(lib: Backend, model: Array, function: Callable[..., tuple[Arr
     2^24.
     """
     xp, rows, (count, width) = lib.xp, arrays[0].shape[0], model.shape
-    parts, number = 1, lib.as_indices(xp.arange(rows, **lib.place(model)))
+    parts, part = 1, list[Array]()
     # A number that is left open while a function is exported is not compared.
     if isinstance(rows, int) and lib.sums_in_parts(arrays[0]):
         parts = max(min(-(-rows // _SUMMED_AT_ONCE), rows // (4 * count)), 1)
-        number = number // -(-rows // parts)
+    if parts > 1:
+        # The part of each row.
+        part = [lib.as_indices(xp.arange(rows, **lib.place(model))) // -(-rows // parts)]
     total = xp.zeros((parts * count, width + 1), dtype=model.dtype, **lib.place(model))
 
     def add(*block: Array) -> None:
         nonlocal total
-        *own, number = block
-        values, segments = function(*own)
-        if parts > 1:
+        values, segments = function(*block[: len(arrays)])
+        for number in block[len(arrays) :]:
             segments = segments + count * lib.astype(number, segments.dtype)
         total = lib.segment_add(total, values, segments)
 
-    each_block(lib, add, *arrays, number)
+    each_block(lib, add, *arrays, *part)
     return total if parts == 1 else xp.sum(xp.reshape(total, (parts, count, width + 1)), axis=0)

@@ -86,6 +86,7 @@ class Tokenizer:
     settings: Settings
     position_bits: int | None
 
+    @quiet
     def __init__(
         self,
         codebook: Any = None,
@@ -126,6 +127,7 @@ class Tokenizer:
         self._take(_plain(Settings(dim, size, _hard(single), **options)), state, position_bits)
 
     @classmethod
+    @quiet
     def of_state(cls, settings: Settings, state: State, *, position_bits: int | None = None) -> Self:
         """The tokenizer of a layer's settings and state: ``decode(encode(z))`` is the layer's output in evaluation.
 
@@ -187,6 +189,7 @@ class Tokenizer:
         """The codewords as an array of NumPy, a copy; None for `FSQ`."""
         return self._arrays["codewords"].copy() if "codewords" in self._arrays else None
 
+    @quiet
     def encode(self, z: Array, mask: Array | None = None) -> Any:
         """Tokens of vectors.
 
@@ -210,6 +213,7 @@ class Tokenizer:
         lib = backend_of("encode", z=z)
         return self._joined(lib, step.encode(self.settings, self._state(lib, z), z, mask=mask))
 
+    @quiet
     def decode(self, tokens: Any, *, dtype: Any = None) -> Array:
         """Vectors from tokens.
 
@@ -262,6 +266,7 @@ class Tokenizer:
         total = lib.xp.sum(lib.xp.where(kept, squares, lib.xp.zeros_like(squares)))
         return total / lib.xp.sum(lib.xp.astype(kept, dtype))
 
+    @quiet
     def usage(self, tokens: Any) -> Array:
         """How often each codeword was chosen, or segment or code, (K,), with axes for groups and stages before.
 
@@ -272,6 +277,7 @@ class Tokenizer:
         """
         return step.usage(self.settings, self._parted("usage", tokens))
 
+    @quiet
     def perplexity(self, tokens: Any) -> Array:
         """Effective number of codewords in use, for each codebook; `diveq_core.layers.perplexity`."""
         return step.perplexity(self.settings, self._parted("perplexity", tokens))
