@@ -33,7 +33,7 @@ from diveq_core.estimators.straight_through import STE
 from diveq_core.layers.tokenizer import Tokenizer
 from diveq_core.losses import codebook_loss, codebook_loss_vjp, commitment_loss, commitment_loss_vjp
 from diveq_core.options import optional_kernels, set_optional_kernels
-from diveq_core.tokens import decode, lookup, nearest
+from diveq_core.tokens import Prepared, decode, lookup, nearest, prepare
 from diveq_core.verbs import jvp, quantize, vjp
 
 __version__ = "0.1.0"
@@ -56,6 +56,7 @@ __all__ = [
     "Mahalanobis",
     "PNorm",
     "Power",
+    "Prepared",
     "Product",
     "Projected",
     "PseudoHuber",
@@ -97,6 +98,7 @@ __all__ = [
     "optional_kernels",
     "perplexity",
     "positive_share",
+    "prepare",
     "project",
     "quantize",
     "register",

@@ -10,7 +10,7 @@ import numpy as np
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range
 from diveq_numpy.layers import VectorQuantizer
-from diveq_numpy.search import nearest_rows
+from diveq_numpy.search import Prepared, nearest_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,7 +136,10 @@ class NumPyBackend(Backend):
         mixed ^= mixed >> np.uint64(29)
         return (mixed * np.uint64(0xBF58476D1CE4E5B9)).sum(axis=1)
 
-    def search(self, z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    def prepare(self, codebook: np.ndarray) -> Prepared:
+        return Prepared(self, codebook.astype(self.compute_dtype(codebook.dtype), copy=False))
+
+    def search(self, z: np.ndarray, codebook: np.ndarray | Prepared) -> np.ndarray:
         return nearest_rows(self, z, codebook)
 
     def take_rows(self, codebook: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -22,6 +22,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from diveq_numpy.search import Prepared
+
 # Vectors, their entries and scores up to which this way is the faster one.
 ROWS, _ENTRIES, _SCORES = 1 << 10, 1 << 16, 1 << 19
 
@@ -34,18 +36,18 @@ def serves(z: np.ndarray, codebook: np.ndarray) -> bool:
     return 0 < len(z) <= ROWS and z.size <= _ENTRIES and len(z) * len(codebook) <= _SCORES
 
 
-def search(z: np.ndarray, codebook: np.ndarray, product: Callable[..., object], found: np.ndarray) -> bool:
+def search(z: np.ndarray, prepared: Prepared, product: Callable[..., object], found: np.ndarray) -> bool:
     """Whether every one of some vectors was ``found``: not if one is not finite, or too much is left to compare.
 
     All in the compute dtype, (N, D), (K, D) and (N,), with N at least 1.
     """
+    codebook, longest = prepared.codebook, prepared.longest
     scores = np.empty((len(z), len(codebook)), codebook.dtype)
     product(z * -2, codebook.T, out=scores)
-    squares = np.vecdot(codebook, codebook)
-    scores += squares
+    scores += prepared.squares
     found[...] = chosen = scores.argmin(axis=1)
     # Of numbers of Python, whose products stay in range. NaN is not below.
-    longest, reach = _longest(squares), _longest(np.vecdot(z, z))
+    reach = longest_of(np.vecdot(z, z))
     size, (factor, smallest, largest) = (reach + longest) * longest, _limits(codebook.dtype, codebook.shape[1])
     if not size < largest:
         return False
@@ -60,7 +62,7 @@ def search(z: np.ndarray, codebook: np.ndarray, product: Callable[..., object], 
     return True
 
 
-def _longest(squares: np.ndarray) -> float:
+def longest_of(squares: np.ndarray) -> float:
     """The root of the largest; argmax finds it in a third of max's time."""
     return math.sqrt(squares[squares.argmax()])
 

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,20 +31,49 @@ _FUSED_ENTRIES = 1 << 21
 _FUSED_REACH = 4.0
 
 
-class _Problem(NamedTuple):
-    """A codebook in its frame."""
+class Prepared:
+    """A codebook in its compute dtype, and what the search makes of it: each part when first needed, then kept."""
 
-    lib: Backend
-    codebook: np.ndarray
-    centre: np.ndarray
-    scale: Any
-    product: Callable[..., object]
+    def __init__(self, lib: Backend, codebook: np.ndarray) -> None:
+        self.lib, self.codebook = lib, codebook
+
+    @functools.cached_property
+    def squares(self) -> np.ndarray:
+        return np.vecdot(self.codebook, self.codebook)
+
+    @functools.cached_property
+    def longest(self) -> float:
+        return few.longest_of(self.squares)
+
+    @functools.cached_property
+    def frame(self) -> tuple[np.ndarray, Any]:
+        """Centre and scale."""
+        return search.frame(self.lib, self.codebook)
+
+    @functools.cached_property
+    def extended(self) -> np.ndarray:
+        count, width = self.codebook.shape
+        extended = _aligned((width + 1, count), self.codebook.dtype)
+        extended[...] = search.extended_codebook(self.lib, self.codebook, *self.frame).T
+        return extended
+
+    @functools.cached_property
+    def framed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Codewords in their frame, and the squared distance up to which faiss's answer stands."""
+        e = search.framed(self.lib, self.codebook, *self.frame)
+        return e, np.einsum("kd,kd->k", e, e) * e.dtype.type(_FUSED_REACH**2)
+
+    @functools.cached_property
+    def canonical(self) -> np.ndarray | None:
+        """The core's ``first_copies``, or None where no two codewords can be equal."""
+        keys = np.sort(self.lib.row_keys(self.codebook))
+        return search.first_copies(self.lib, self.codebook) if np.any(keys[1:] == keys[:-1]) else None
 
 
 def nearest_rows(
     lib: Backend,
     z: np.ndarray,
-    codebook: np.ndarray,
+    codebook: np.ndarray | Prepared,
     product: Callable[..., object] = np.matmul,
     found: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -53,29 +82,28 @@ def nearest_rows(
     ``product(a, b, out=c)`` multiplies matrices: a caller with threads of its own brings its own, and memory for
     what is ``found`` if it wants. Overflow on the way is expected: call it where NumPy warns of none.
     """
-    dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
-    codebook = codebook.astype(dtype, copy=False)
+    words = codebook.codebook if isinstance(codebook, Prepared) else codebook
+    dtype = lib.compute_dtype(lib.result_dtype(z, words))
+    # What was prepared in float32 does not serve vectors of float64.
+    ready = isinstance(codebook, Prepared) and words.dtype == dtype
+    prepared = codebook if ready else Prepared(lib, words.astype(dtype, copy=False))
     found = np.empty(z.shape[0], np.int64) if found is None else found
-    if few.serves(z, codebook) and few.search(z.astype(dtype, copy=False), codebook, product, found):
+    if few.serves(z, words) and few.search(z.astype(dtype, copy=False), prepared, product, found):
         return found
-    problem = _Problem(lib, codebook, *search.frame(lib, codebook), product)
     done = 0
-    if dtype == np.float32 and codebook.shape[1] <= _FUSED_WIDTH and (faiss := _faiss()) is not None:
-        done = _by_fused_kernel(faiss, problem, z, found)
+    if dtype == np.float32 and words.shape[1] <= _FUSED_WIDTH and (faiss := _faiss()) is not None:
+        done = _by_fused_kernel(faiss, prepared, z, product, found)
     if done < z.shape[0]:
-        _by_product(problem, z[done:], found[done:])
-    canonical = _first_copies(lib, codebook)
-    if canonical is not None:
-        found[...] = np.where(found < 0, found, canonical[found])
+        _by_product(prepared, z[done:], product, found[done:])
+    if prepared.canonical is not None:
+        found[...] = np.where(found < 0, found, prepared.canonical[found])
     return found
 
 
-def _by_product(problem: _Problem, z: np.ndarray, found: np.ndarray) -> None:
-    lib, codebook, centre, scale, product = problem
+def _by_product(prepared: Prepared, z: np.ndarray, product: Callable[..., object], found: np.ndarray) -> None:
+    lib, codebook, extended, (centre, scale) = prepared.lib, prepared.codebook, prepared.extended, prepared.frame
     count, width = codebook.shape
     rows = min(search.rows_per_chunk(lib, count, width), z.shape[0])
-    extended = _aligned((width + 1, count), codebook.dtype)
-    extended[...] = search.extended_codebook(lib, codebook, centre, scale).T
     y = _aligned((rows, width + 1), codebook.dtype)
     scores = _aligned((rows, count), codebook.dtype)
     centred, limit = bool(np.any(centre)), 2.0**search.REACH
@@ -107,15 +135,15 @@ def _aligned(shape: tuple[int, int], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _by_fused_kernel(faiss: Any, problem: _Problem, z: np.ndarray, found: np.ndarray) -> int:
+def _by_fused_kernel(
+    faiss: Any, prepared: Prepared, z: np.ndarray, product: Callable[..., object], found: np.ndarray
+) -> int:
     """How many of the rows were found; the others are too far from the codebook for faiss.
 
     faiss compares ``|y|^2 + |e|^2 - 2 <y, e>``, which loses what decides where y is long beside e. Its answer stands
     where the distance is a few lengths of the codeword at most; other rows are searched again, by the product.
     """
-    lib, codebook, centre, scale, _ = problem
-    e = search.framed(lib, codebook, centre, scale)
-    limit = np.einsum("kd,kd->k", e, e) * e.dtype.type(_FUSED_REACH**2)
+    (centre, scale), (e, limit) = prepared.frame, prepared.framed
     start, rows = 0, max(_FUSED_ENTRIES // e.shape[1], 1)
     while start < z.shape[0]:
         y = np.subtract(z[start : start + rows], centre, dtype=e.dtype)
@@ -127,18 +155,12 @@ def _by_fused_kernel(faiss: Any, problem: _Problem, z: np.ndarray, found: np.nda
         far = np.flatnonzero(~(squares <= np.take(limit, chosen, mode="clip")) | (chosen < 0))
         if len(far):
             again = np.empty(len(far), here.dtype)
-            _by_product(problem, z[start : start + len(y)][far], again)
+            _by_product(prepared, z[start : start + len(y)][far], product, again)
             here[far] = again
         start += len(y)
         if 2 * len(far) > len(y):
             break
     return start
-
-
-def _first_copies(lib: Backend, codebook: np.ndarray) -> np.ndarray | None:
-    """The core's ``first_copies``, or None where no two codewords can be equal."""
-    keys = np.sort(lib.row_keys(codebook))
-    return search.first_copies(lib, codebook) if np.any(keys[1:] == keys[:-1]) else None
 
 
 def _faiss() -> Any:

@@ -16,7 +16,7 @@ from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, row_s
 from diveq_torch import draws
 from diveq_torch.bind import quantize
 from diveq_torch.layers import VectorQuantizer
-from diveq_torch.search import nearest_plain, nearest_rows
+from diveq_torch.search import Prepared, nearest_plain, nearest_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -212,9 +212,13 @@ class TorchBackend(Backend):
         # Bits of few patterns, of signs say, would meet in a sum that is linear in them.
         return ((mixed ^ (mixed >> 29)) * -4658895280553007687).sum(dim=1)
 
-    def search(self, z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        z, codebook = z.detach(), codebook.detach()
-        return nearest_plain(z, codebook) if _is_plain(z, codebook) else nearest_rows(z, codebook)
+    def prepare(self, codebook: torch.Tensor) -> torch.Tensor | Prepared:
+        return Prepared.of(codebook) if _is_plain(codebook) else codebook
+
+    def search(self, z: torch.Tensor, codebook: torch.Tensor | Prepared) -> torch.Tensor:
+        words = codebook.codebook if isinstance(codebook, Prepared) else codebook.detach()
+        z = z.detach()
+        return nearest_plain(z, codebook) if _is_plain(z, words) else nearest_rows(z, words)
 
     def bind(
         self,

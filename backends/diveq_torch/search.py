@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ def nearest_rows(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     lib = backend_of("nearest", z=z)
     dtype = lib.compute_dtype(torch.promote_types(z.dtype, codebook.dtype))
     if z.device.type == "cpu":
-        return _nearest_by_numpy(z, codebook.to(dtype))
+        codebook = codebook.to(dtype)
+        return _nearest_by_numpy(z, codebook, _numpy_view(codebook))
     if _fused_serves(z, codebook):
         from diveq_torch import fused
 
@@ -46,10 +47,26 @@ def nearest_rows(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return _nearest_by_product(lib, z, codebook.to(dtype))
 
 
-def nearest_plain(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+class Prepared(NamedTuple):
+    """A codebook on the CPU, in its compute dtype, with what NumPy's search makes of the same memory."""
+
+    codebook: torch.Tensor
+    words: diveq_numpy.search.Prepared
+
+    @classmethod
+    def of(cls, codebook: torch.Tensor) -> Self:
+        codebook = codebook.detach()
+        codebook = codebook if codebook.dtype == torch.float64 else codebook.float()
+        return cls(codebook, diveq_numpy.backend.prepare(_numpy_view(codebook)))
+
+
+def nearest_plain(z: torch.Tensor, codebook: torch.Tensor | Prepared) -> torch.Tensor:
     """The same of ordinary values on the CPU, past torch's dispatcher, which takes as long as a small search."""
-    dtype = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
-    return _nearest_by_numpy(z, codebook if codebook.dtype == dtype else codebook.to(dtype))
+    held = codebook.codebook if isinstance(codebook, Prepared) else codebook
+    dtype = torch.float64 if torch.float64 in (z.dtype, held.dtype) else torch.float32
+    if held.dtype != dtype:
+        codebook = held = held.to(dtype)
+    return _nearest_by_numpy(z, held, codebook.words if isinstance(codebook, Prepared) else _numpy_view(held))
 
 
 def _fused_serves(z: torch.Tensor, codebook: torch.Tensor) -> bool:
@@ -70,14 +87,16 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _nearest_by_numpy(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+def _nearest_by_numpy(
+    z: torch.Tensor, codebook: torch.Tensor, words: np.ndarray | diveq_numpy.search.Prepared
+) -> torch.Tensor:
     """NumPy's search in the same memory, whose argmin is faster; the product stays torch's up to some width.
 
     After a product of NumPy's its threads wait for the next one for a tenth of a second, on the cores that
     the rest of a training step needs. Of wide vectors NumPy's product is faster by more than that costs, and it
     is in full float32 whatever torch's is allowed to be.
     """
-    words, found = _numpy_view(codebook), np.empty(z.shape[0], np.int64)
+    found = np.empty(z.shape[0], np.int64)
     product = _product if _own_product(z, codebook) else np.matmul
     step = _ROWS_WIDENED if z.dtype != codebook.dtype else max(z.shape[0], 1)
     with np.errstate(all="ignore"):

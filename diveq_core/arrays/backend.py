@@ -292,8 +292,15 @@ class Backend:
         """``x`` with NaN where the condition holds."""
         return self.xp.where(condition, self.xp.full_like(x, float("nan")), x)
 
-    def search(self, z: Array, codebook: Array) -> Array:
-        """Index of the nearest codeword, (N, D), (K, D) -> (N,); -1 for a row that is not finite."""
+    def prepare(self, codebook: Array) -> Any:
+        """What `search` takes in place of a codebook that stays as it is: itself, where nothing would be gained."""
+        return codebook
+
+    def search(self, z: Array, codebook: Any) -> Array:
+        """Index of the nearest codeword, (N, D), (K, D) -> (N,); -1 for a row that is not finite.
+
+        The codebook is an array, or what `prepare` made of one.
+        """
         return search.nearest_rows(self, z, codebook)
 
     # Binding to the library's automatic differentiation

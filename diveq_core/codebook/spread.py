@@ -118,7 +118,7 @@ def segment_totals(lib: Backend, model: Array, function: Callable[..., tuple[Arr
     2^24.
     """
     xp, rows, (count, width) = lib.xp, arrays[0].shape[0], model.shape
-    parts, part = 1, list[Array]()
+    parts, part = 1, []
     # A number that is left open while a function is exported is not compared.
     if isinstance(rows, int) and lib.sums_in_parts(arrays[0]):
         parts = max(min(-(-rows // _SUMMED_AT_ONCE), rows // (4 * count)), 1)

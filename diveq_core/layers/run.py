@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import check_floating, check_like, check_shape, checked_dtype
+from diveq_core.arrays.checks import check_floating, check_like, check_shape, checked_dtype, refuse_not_finite
 from diveq_core.arrays.draws import uniform
 from diveq_core.arrays.registry import backend_of
 from diveq_core.arrays.rows import describe
 from diveq_core.curve import decode_curve, project
-from diveq_core.layers import maps
+from diveq_core.layers import hard, maps
 from diveq_core.layers.auxiliary import auxiliary, of_head, statistics
 from diveq_core.layers.results import Forward, Losses, Point
 from diveq_core.layers.settings import Settings
@@ -112,15 +112,21 @@ class Step:
         held = next((x for x in self.state.values() if lib.is_floating(x)), self.z)
         return lib.compute_dtype(lib.result_dtype(self.z, held))
 
-    def tokens(self) -> Any:
+    def tokens(self, books: hard.Books | None = None) -> Any:
+        """Hard and deterministic; ``books`` are what `hard.prepared` made of the state's."""
         lib, settings = self.lib, self.settings
-        x, _ = self.enter(False)
-        book, _ = words(lib, settings, self.state)
+        x = lib.stop_gradient(self.enter(False)[0])
         refuse = settings.not_finite == "refuse"
-        x, book = lib.stop_gradient(x), book if book is None else lib.stop_gradient(book)
+        if books is not None and not refuse:
+            return self._marked(hard.tokens(lib, settings, x, books))
+        book, _ = words(lib, settings, self.state)
+        book = book if book is None else lib.stop_gradient(book)
         if settings.on_curve:
             found = project(x, book, check_finite=refuse)
             return Point(self._marked(found.segments), found.positions)
+        if settings.has_codebook and not settings.takes_logits:
+            refuse_not_finite(lib, self.function, refuse, z=x, codebook=book)
+            return self._marked(hard.tokens(lib, settings, x, hard.as_they_are(settings, book)))
         quantizer = settings.quantizer if settings.takes_logits else settings.hard
         noise = lib.xp.zeros_like(x) if settings.takes_logits else None
         _, call = checked_call(self.function, x, book, quantizer, noise, None, None, refuse)

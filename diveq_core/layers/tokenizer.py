@@ -20,9 +20,9 @@ from diveq_core.estimators.product import Product
 from diveq_core.estimators.residual import Residual
 from diveq_core.estimators.space_filling import SFDiVeQDetach
 from diveq_core.estimators.straight_through import STE
-from diveq_core.layers import file, step
+from diveq_core.layers import file, hard, step
 from diveq_core.layers.results import Point
-from diveq_core.layers.run import checked_state
+from diveq_core.layers.run import Step, checked_state
 from diveq_core.layers.settings import Settings
 from diveq_core.layers.words import words
 
@@ -159,7 +159,7 @@ class Tokenizer:
             if not lib.all_finite(arrays[name]):
                 raise ValueError(f"Tokenizer: {name} must be finite, got NaN or infinity")
             self._arrays[name] = lib.copy(lib.astype(arrays[name], lib.compute_dtype(arrays[name].dtype)))
-        self._placed: dict[tuple[str, str], State] = {}
+        self._placed: dict[tuple[str, str], tuple[State, hard.Books | None]] = {}
         if position_bits is None:
             return
         self.position_bits = checked_count("Tokenizer", "position_bits", position_bits)
@@ -211,7 +211,8 @@ class Tokenizer:
             If library, dtype or shape does not fit; if a vector is refused.
         """
         lib = backend_of("encode", z=z)
-        return self._joined(lib, step.encode(self.settings, self._state(lib, z), z, mask=mask))
+        state, books = self._placed_at(lib, z)
+        return self._joined(lib, Step("encode", self.settings, state, z, mask, whole=False).tokens(books))
 
     @quiet
     def decode(self, tokens: Any, *, dtype: Any = None) -> Array:
@@ -236,7 +237,8 @@ class Tokenizer:
         """
         found = self._parted("decode", tokens)
         like = found.segments if isinstance(found, Point) else found
-        return step.decode(self.settings, self._state(backend_of("decode", tokens=like), like), found, dtype=dtype)
+        state, _ = self._placed_at(backend_of("decode", tokens=like), like)
+        return step.decode(self.settings, state, found, dtype=dtype)
 
     @quiet
     def distortion(self, z: Array, mask: Array | None = None) -> Array:
@@ -315,17 +317,19 @@ class Tokenizer:
         self._take(settings, arrays, position_bits)
         return self
 
-    def _state(self, lib: Backend, like: Array) -> State:
-        """The arrays in a library, on the device of an array of it."""
+    def _placed_at(self, lib: Backend, like: Array) -> tuple[State, hard.Books | None]:
+        """The arrays in a library, on the device of an array of it, and its codebooks as the search takes them."""
         place = lib.place(like)
         key = (lib.name, str(place))
-        state = self._placed.get(key)
-        if state is None:
+        placed = self._placed.get(key)
+        if placed is None:
             state = {name: lib.copy(lib.xp.asarray(x, **place)) for name, x in self._arrays.items()}
+            searches = self.settings.has_codebook and not (self.settings.on_curve or self.settings.takes_logits)
+            placed = state, hard.prepared(lib, self.settings, words(lib, self.settings, state)[0]) if searches else None
             # What is made while a function is traced belongs to the trace.
             if lib.is_concrete(like) and all(lib.is_concrete(x) for x in state.values()):
-                self._placed[key] = state
-        return state
+                self._placed[key] = placed
+        return placed
 
     def _joined(self, lib: Backend, tokens: Any) -> Any:
         """The tokens of a curve as single integers."""
@@ -345,7 +349,7 @@ class Tokenizer:
         tokens = checked_indices(lib, function, tokens, self.token_count, bound="token_count")
         count = 1 << self.position_bits
         segments = tokens // count
-        dtype = self._state(lib, tokens)["codewords"].dtype
+        dtype = self._placed_at(lib, tokens)[0]["codewords"].dtype
         return Point(segments, lib.xp.astype(tokens - segments * count, dtype) / (count - 1))
 
     def __getstate__(self) -> dict[str, Any]:

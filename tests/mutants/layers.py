@@ -6,6 +6,12 @@ from mutants.mutant import Mutant
 
 MUTANTS = (
     Mutant(
+        "evaluation: a stage's residual of the stage before it left out",
+        "left = left - lib.astype(lib.take_rows(codewords, found[-1]), left.dtype)",
+        "left = left + 0 * codewords[:1]",
+        "test_tokenizer.py numpy",
+    ),
+    Mutant(
         "layer: the losses of later stages see the first one's vectors",
         "own = own + lib.stop_gradient(rows - own)",
         "own = own + 0 * lib.stop_gradient(rows - own)",

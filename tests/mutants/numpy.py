@@ -33,7 +33,16 @@ MUTANTS = (
         "test_search_accuracy.py statement and numpy and order",
     ),
     Mutant(
-        "NumPy's product: any copy", "if canonical is not None:", "if False:", "test_search.py round_apart and numpy"
+        "NumPy: wider vectors in the dtype of what was prepared",
+        "ready = isinstance(codebook, Prepared) and words.dtype == dtype",
+        "ready = isinstance(codebook, Prepared)",
+        "test_prepared.py wider and numpy",
+    ),
+    Mutant(
+        "NumPy's product: any copy",
+        "if prepared.canonical is not None:",
+        "if False:",
+        "test_search.py round_apart and numpy",
     ),
     Mutant(
         "NumPy's product: far vectors not brought back",

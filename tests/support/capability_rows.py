@@ -217,6 +217,7 @@ OTHERS: dict[str, Row] = {
     ),
     "normalize": Row(lambda rng: [normal(rng, N, D)], dq.normalize, dq.normalize_vjp, dq.normalize_jvp),
     "nearest": Row(_pair, dq.nearest),
+    "prepare": Row(_pair, lambda z, codebook: dq.nearest(z, dq.prepare(codebook))),
     "lookup": Row(_chosen, lambda z, codebook, indices: dq.lookup(indices, codebook)),
     "nearest_cosine": Row(_pair, dq.nearest_cosine),
     "project, decode_curve": Row(

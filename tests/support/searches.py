@@ -32,7 +32,7 @@ def replace(path: str, setattr: Callable[[Any, str, Any], None] = setattr) -> No
         else:
             here, lib = (importlib.import_module(name) for name in ("diveq_torch.search", "diveq_torch"))
             product = here._nearest_by_product
-            setattr(here, "_nearest_by_numpy", lambda z, codebook: product(lib.backend, z, codebook))
+            setattr(here, "_nearest_by_numpy", lambda z, codebook, words: product(lib.backend, z, codebook))
 
 
 def squared_distances(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
