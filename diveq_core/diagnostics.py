@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from diveq_core.arrays.checks import check_floating, check_shape, checked_count, checked_indices, flat_rows
+from diveq_core.arrays.checks import check_floating, check_shape, checked_count, checked_indices, flat, flat_rows
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import one_where
 from diveq_core.estimators.radial import as_radius
@@ -168,10 +168,10 @@ def usage(indices: Array, count: int, /) -> Array:
     lib = backend_of("usage", indices=indices)
     count = checked_count("usage", "count", count)
     indices = checked_indices(lib, "usage", indices, count, bound="count")
-    flat = lib.xp.reshape(indices, (math.prod(indices.shape),))
+    segments = flat(lib, indices)
     # Sums of ones in float32 would end at 2^24.
-    ones = lib.xp.ones((flat.shape[0], 1), dtype=lib.xp.int32, **lib.place(flat))
-    return lib.astype(lib.segment_sum(ones, flat, count)[:, 0], lib.xp.float32)
+    ones = lib.xp.ones((segments.shape[0], 1), dtype=lib.xp.int32, **lib.place(segments))
+    return lib.astype(lib.segment_sum(ones, segments, count)[:, 0], lib.xp.float32)
 
 
 @quiet

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from diveq_core.arrays.checks import check_floating, check_like, check_pair, check_vectors, flat_rows, refuse_not_finite
+from diveq_core.arrays.checks import (
+    check_floating,
+    check_like,
+    check_pair,
+    check_vectors,
+    flat_rows,
+    refuse_not_finite,
+    shaped,
+)
 from diveq_core.arrays.registry import backend_of, quiet
 from diveq_core.arrays.rows import Array, direction, one_where, row_scale, zero_rows
 
@@ -47,7 +55,7 @@ def normalize(x: Array, /) -> Array:
            [0. , 0. ]])
     """
     lib = _check("normalize", x)
-    return lib.xp.reshape(lib.astype(_polar(lib, x)[1], x.dtype), tuple(x.shape))
+    return shaped(lib, lib.astype(_polar(lib, x)[1], x.dtype), tuple(x.shape))
 
 
 @quiet
@@ -88,7 +96,7 @@ def normalize_vjp(x: Array, /) -> tuple[Array, Callable[[Array], Array]]:
         check_like(lib, "pullback", "g", g, kept, "x")
         return _across(lib, _polar(lib, kept)[1], g, kept)
 
-    return lib.xp.reshape(lib.astype(_polar(lib, x)[1], x.dtype), tuple(x.shape)), pullback
+    return shaped(lib, lib.astype(_polar(lib, x)[1], x.dtype), tuple(x.shape)), pullback
 
 
 @quiet

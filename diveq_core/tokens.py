@@ -11,8 +11,10 @@ from diveq_core.arrays.checks import (
     check_pair,
     checked_dtype,
     checked_indices,
+    flat,
     flat_rows,
     refuse_not_finite,
+    shaped,
     wants_finite,
 )
 from diveq_core.arrays.registry import backend_of, quiet
@@ -143,7 +145,7 @@ def nearest(z: Array, codebook: Array | Prepared, /, *, check_finite: bool | Non
     # Where reading values is free, the search's own marks are read, and the vectors only to say which are at fault.
     if lib.checks_finite and wanted and (math.prod(found.shape) == 0 or lib.any_negative(found)):
         refuse_not_finite(lib, "nearest", True, z=z, codebook=codebook)
-    return found if z.ndim == 2 else lib.xp.reshape(found, tuple(z.shape[:-1]))
+    return shaped(lib, found, tuple(z.shape[:-1]))
 
 
 @quiet
@@ -182,8 +184,8 @@ def lookup(indices: Array, codebook: Array, /) -> Array:
     check_floating(lib, "lookup", codebook=codebook)
     check_codebook("lookup", tuple(codebook.shape))
     indices = checked_indices(lib, "lookup", indices, codebook.shape[0])
-    rows = lib.take_rows(codebook, lib.xp.reshape(indices, (math.prod(indices.shape),)))
-    return lib.xp.reshape(rows, (*indices.shape, codebook.shape[1]))
+    rows = lib.take_rows(codebook, flat(lib, indices))
+    return shaped(lib, rows, (*indices.shape, codebook.shape[1]))
 
 
 @quiet

@@ -301,6 +301,8 @@ class Backend:
 
         The codebook is an array, or what `prepare` made of one.
         """
+        if isinstance(codebook, search.Prepared):
+            return search.nearest_at_once(self, z, codebook)
         return search.nearest_rows(self, z, codebook)
 
     # Binding to the library's automatic differentiation

@@ -167,5 +167,21 @@ def checked_number(
 
 def flat_rows(lib: Backend, x: Array) -> Array:
     """(..., D) to (N, D)."""
-    # The size is spelled out: -1 is ambiguous for an empty batch.
-    return x if x.ndim == 2 else lib.xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+    return x if x.ndim == 2 else shaped(lib, x, (_count(x.shape[:-1]), x.shape[-1]))
+
+
+def flat(lib: Backend, x: Array) -> Array:
+    """(...) to (N,)."""
+    return x if x.ndim == 1 else shaped(lib, x, (_count(x.shape),))
+
+
+def shaped(lib: Backend, x: Array, shape: tuple[int | None, ...]) -> Array:
+    """``x`` in a shape, one size of which is None where a graph leaves it open."""
+    if x.ndim == len(shape) and tuple(x.shape) == tuple(shape):
+        return x
+    # Other sizes are spelled out: -1 is ambiguous for an empty batch.
+    return lib.xp.reshape(x, tuple(-1 if size is None else size for size in shape))
+
+
+def _count(shape: tuple[int | None, ...]) -> int | None:
+    return None if None in shape else math.prod(shape)  # type: ignore[arg-type]

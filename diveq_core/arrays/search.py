@@ -20,7 +20,7 @@ lose two. Equal codewords give the lowest index. Lengths below :math:`2^{-80}` o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from diveq_core.arrays.rows import one_where, power_of_two, smaller, zero_rows
 
@@ -134,6 +134,37 @@ def first_copies(lib: Backend, codebook: Array) -> Array:
     return found
 
 
+class Prepared(NamedTuple):
+    """What a search reads of a codebook."""
+
+    centre: Array
+    """(1, D)."""
+
+    scale: Array
+    """()."""
+
+    extended: Array
+    """(D + 1, K), of `extended_codebook`."""
+
+    canonical: Array
+    """(K,), of `first_copies`."""
+
+
+def prepared(lib: Backend, codebook: Array) -> Prepared:
+    """A codebook in its compute dtype, prepared by the standard alone."""
+    centre, scale = frame(lib, codebook)
+    extended = lib.xp.permute_dims(extended_codebook(lib, codebook, centre, scale), (1, 0))
+    return Prepared(centre, scale, extended, first_copies(lib, codebook))
+
+
+def nearest_at_once(lib: Backend, z: Array, words: Prepared) -> Array:
+    """Search of all vectors in one product, (N, D) in the dtype of what was prepared -> (N,)."""
+    xp = lib.xp
+    scores = lib.matmul(xp.concat(framed_rows(lib, z, words.centre, words.scale), axis=1), words.extended)
+    chosen = xp.take(words.canonical, xp.astype(xp.argmin(scores, axis=1), words.canonical.dtype), axis=0)
+    return xp.where(xp.isfinite(xp.min(scores, axis=1)), chosen, xp.full_like(chosen, -1))
+
+
 def nearest_rows(lib: Backend, z: Array, codebook: Array) -> Array:
     """Search in chunks of rows by the standard alone.
 
@@ -151,16 +182,9 @@ def nearest_rows(lib: Backend, z: Array, codebook: Array) -> Array:
     xp = lib.xp
     dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
     codebook = lib.astype(codebook, dtype)
-    centre, scale = frame(lib, codebook)
-    extended = xp.permute_dims(extended_codebook(lib, codebook, centre, scale), (1, 0))
-    canonical = first_copies(lib, codebook)
-    rows = rows_per_chunk(lib, *codebook.shape)
-    found = [canonical[:0]]
+    words, rows = prepared(lib, codebook), rows_per_chunk(lib, *codebook.shape)
+    found = [words.canonical[:0]]
     for start in range(0, z.shape[0], rows):
         stop = min(start + rows, z.shape[0])
-        framed_z = framed_rows(lib, lib.astype(z[start:stop, :], dtype), centre, scale)
-        scores = lib.matmul(xp.concat(framed_z, axis=1), extended)
-        chosen = xp.take(canonical, xp.astype(xp.argmin(scores, axis=1), canonical.dtype), axis=0)
-        finite = xp.isfinite(xp.min(scores, axis=1))
-        found.append(xp.where(finite, chosen, xp.full_like(chosen, -1)))
+        found.append(nearest_at_once(lib, lib.astype(z[start:stop, :], dtype), words))
     return xp.concat(found)

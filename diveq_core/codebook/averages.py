@@ -17,6 +17,7 @@ from diveq_core.arrays.checks import (
     check_single,
     checked_indices,
     checked_number,
+    flat,
     flat_rows,
 )
 from diveq_core.arrays.registry import backend_of, quiet
@@ -165,7 +166,7 @@ def ema_update(
 
     codebook = lib.stop_gradient(codebook)
     means = _means(lib, state, codebook)
-    segments = xp.reshape(indices, (math.prod(indices.shape),))
+    segments = flat(lib, indices)
     rows, dtype = flat_rows(lib, lib.stop_gradient(z)), means.dtype
     # Of ranks the sum, at least the largest of all and one for all: too large, it costs digits, never all of them.
     largest = ranks.sum(_largest(lib, rows, dtype))

@@ -11,11 +11,10 @@ automatic differentiation of the stop-gradient expression has it.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import check_codebook, check_like, check_shape, check_width, flat_rows
+from diveq_core.arrays.checks import check_codebook, check_like, check_shape, check_width, flat, flat_rows, shaped
 from diveq_core.arrays.rows import describe
 from diveq_core.estimators.call import OneCall
 from diveq_core.estimators.rule import Rule
@@ -142,18 +141,19 @@ class Single(Quantizer):
             indices = self.search(lib, rows, codebook, drawn)
         else:
             check_shape(function, "indices", indices, batch, "z without its last axis")
-            indices = lib.xp.reshape(indices, (rows.shape[0],))
+            indices = flat(lib, indices)
         rule, noise = self.rule(lib, z, codebook), self.noise_rows(lib, rows, drawn, indices)
         return OneCall(lib, rule, rows, codebook, indices, noise, indices, batch)
 
     def decode(self, lib: Backend, indices: Array, codebook: Any, dtype: Any) -> Array:
-        rows = lib.take_rows(codebook, lib.xp.reshape(indices, (math.prod(indices.shape),)))
-        return lib.xp.reshape(lib.astype(rows, dtype), (*indices.shape, codebook.shape[1]))
+        rows = lib.take_rows(codebook, flat(lib, indices))
+        return shaped(lib, lib.astype(rows, dtype), (*indices.shape, codebook.shape[1]))
 
     def marked(self, lib: Backend, function: str, indices: Array, width: int) -> tuple[Array, Array]:
         xp = lib.xp
         lost = indices == -1
-        entries = xp.broadcast_to(xp.expand_dims(lost, axis=-1), (*indices.shape, width))
+        # By an operation, since the number of vectors may be open.
+        entries = xp.expand_dims(lost, axis=-1) | xp.zeros((width,), dtype=lib.bool_dtype, **lib.place(indices))
         return entries, xp.where(lost, xp.zeros_like(indices), indices)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from diveq_core.arrays.checks import flat_rows
+from diveq_core.arrays.checks import flat_rows, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,5 +106,5 @@ class OneCall(NamedTuple):
     def _shaped(self, z_q: Array) -> Quantized:
         if len(self.batch) == 1:
             return Quantized(z_q, self.indices)
-        reshape = self.lib.xp.reshape
-        return Quantized(reshape(z_q, (*self.batch, z_q.shape[1])), reshape(self.indices, self.batch))
+        lib = self.lib
+        return Quantized(shaped(lib, z_q, (*self.batch, z_q.shape[1])), shaped(lib, self.indices, self.batch))

@@ -207,7 +207,7 @@ class _Bound(Estimator):
         rows = flat_rows(lib, z)
         rule = Rule.of(lib, self, z, None)
         # Nothing is chosen here.
-        nothing = lib.as_indices(lib.xp.zeros((rows.shape[0],), dtype=lib.xp.int32, **lib.place(z)))
+        nothing = lib.as_indices(lib.xp.zeros_like(rows[:, 0], dtype=lib.xp.int32))
         return OneCall(lib, rule, rows, None, None, None, nothing, tuple(z.shape[:-1]))
 
     def forward(self, lib: Backend, z: Array, q: None, noise: None) -> Array:

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import check_shape, flat_rows
+from diveq_core.arrays.checks import check_shape, flat, flat_rows, shaped
 from diveq_core.estimators.base import Estimator, Shape
 from diveq_core.estimators.call import OneCall
 from diveq_core.estimators.rule import Rule
@@ -68,15 +68,15 @@ class Scalar(Estimator):
             indices, digits = self._found(lib, lib.astype(lib.stop_gradient(rows), dtype))
         else:
             check_shape(function, "indices", indices, batch, "z without its last axis")
-            indices = lib.xp.reshape(indices, (rows.shape[0],))
+            indices = flat(lib, indices)
             digits = self._digits(lib, indices)
         words = self._levels(lib, indices, digits, dtype)
         return OneCall(lib, Rule.of(lib, self, z, None), rows, words, None, None, indices, batch)
 
     def decode(self, lib: Backend, indices: Array, codebook: None, dtype: Any) -> Array:
-        flat = lib.xp.reshape(indices, (math.prod(indices.shape),))
-        words = self._levels(lib, flat, self._digits(lib, flat), lib.compute_dtype(dtype))
-        return lib.xp.reshape(lib.astype(words, dtype), (*indices.shape, len(self.levels)))
+        own = flat(lib, indices)
+        words = self._levels(lib, own, self._digits(lib, own), lib.compute_dtype(dtype))
+        return shaped(lib, lib.astype(words, dtype), (*indices.shape, len(self.levels)))
 
     def _found(self, lib: Backend, z: Array) -> tuple[Array, Array]:
         """Indices (N,), and their digits (N, D), of vectors (N, D)."""
@@ -85,7 +85,7 @@ class Scalar(Estimator):
         digits = lib.astype(xp.where(whole, self.rounded(lib, z), xp.zeros_like(z)), dtype)
         digits = digits + self.row(lib, [level // 2 for level in self.levels], digits)
         indices = lib.astype(xp.sum(digits * self.row(lib, self._places(), digits), axis=-1), dtype)
-        return xp.where(xp.reshape(whole, tuple(indices.shape)), indices, -xp.ones_like(indices)), digits
+        return xp.where(whole[:, 0], indices, -xp.ones_like(indices)), digits
 
     def _digits(self, lib: Backend, indices: Array) -> Array:
         indices = lib.xp.expand_dims(indices, axis=-1)

@@ -7,10 +7,9 @@ over the P heads and stages, with r what each of them quantized.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import flat_rows
+from diveq_core.arrays.checks import flat, flat_rows
 from diveq_core.diagnostics import usage
 from diveq_core.layers.results import Losses, Statistics
 from diveq_core.layers.words import at, joined
@@ -125,7 +124,7 @@ def of_head(settings: Settings, x: Array, head: int) -> Array:
 def _of_part(lib: Backend, indices: Array, part: Shape) -> Array:
     """The tokens of one head and stage, as rows (N,)."""
     own = indices[(..., *part)] if part else indices
-    return lib.xp.reshape(own, (math.prod(own.shape),)) if own.ndim != 1 else own
+    return flat(lib, own)
 
 
 def _differences(lib: Backend, rows: Array, averages: Array, tokens: Array) -> Array:

@@ -71,11 +71,15 @@ def checked_layer(name: str, header: dict[str, str], arrays: dict[str, Any]) -> 
 
 
 def write_file(path: Any, header: dict[str, str], arrays: dict[str, Any]) -> None:
-    """Write arrays of NumPy and a header of one entry to a file, which is whole or, if anything fails, as it was.
+    """Write arrays of NumPy and a header of one entry to a file.
 
     Of one, since several come in any order, and the same arrays are to give the same bytes.
     """
-    data = _safetensors("save").save(arrays, header)
+    write_whole(path, _safetensors("save").save(arrays, header))
+
+
+def write_whole(path: Any, data: bytes) -> None:
+    """Write a file, which is whole or, if anything fails, as it was."""
     folder = os.path.dirname(os.path.abspath(os.fspath(path)))
     handle, name = tempfile.mkstemp(dir=folder, prefix=".", suffix=".partial")
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import flat_rows
+from diveq_core.arrays.checks import flat_rows, shaped
 from diveq_core.layers.auxiliary import of_head
 from diveq_core.layers.words import at
 
@@ -45,5 +45,6 @@ def tokens(lib: Backend, settings: Settings, x: Array, books: Books) -> Array:
             left = left - lib.astype(lib.take_rows(codewords, found[-1]), left.dtype)
         codewords, searched = books[settings.own(part)]
         found.append(lib.search(left, searched))
-    stacked = lib.xp.stack(found, axis=-1) if settings.axes else found[0]
-    return stacked if x.ndim == 2 and not settings.axes else lib.xp.reshape(stacked, (*x.shape[:-1], *settings.axes))
+    for count in reversed(settings.axes):
+        found = [lib.xp.stack(found[i : i + count], axis=1) for i in range(0, len(found), count)]
+    return shaped(lib, found[0], (*x.shape[:-1], *settings.axes))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from diveq_core.arrays.checks import flat_rows
+from diveq_core.arrays.checks import flat_rows, shaped
 from diveq_core.directions import normalize, normalize_vjp
 
 if TYPE_CHECKING:
@@ -63,15 +63,15 @@ def affine(lib: Backend, x: Array, weight: Array, bias: Array) -> tuple[Array, C
         g_w = lib.matmul(xp.permute_dims(rows, (1, 0)), g)
         return xp.reshape(g_x, x.shape), lib.astype(g_w, weight.dtype), lib.astype(xp.sum(g, axis=0), bias.dtype)
 
-    return xp.reshape(y, (*x.shape[:-1], w.shape[1])), pullback
+    return shaped(lib, y, (*x.shape[:-1], w.shape[1])), pullback
 
 
 def direction(lib: Backend, x: Array, groups: int, explicit: bool) -> Mapped:
     """The directions of vectors (..., D), of each group of entries by itself."""
-    shape, xp = tuple(x.shape), lib.xp
+    shape = tuple(x.shape)
     grouped = (*shape[:-1], groups, shape[-1] // groups)
-    rows = xp.reshape(x, grouped)
+    rows = shaped(lib, x, grouped)
     if not explicit:
-        return xp.reshape(normalize(rows), shape), lambda g: g
+        return shaped(lib, normalize(rows), shape), lambda g: g
     y, pullback = normalize_vjp(rows)
-    return xp.reshape(y, shape), lambda g: xp.reshape(pullback(xp.reshape(g, grouped)), shape)
+    return shaped(lib, y, shape), lambda g: shaped(lib, pullback(shaped(lib, g, grouped)), shape)

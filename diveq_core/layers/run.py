@@ -124,7 +124,7 @@ class Step:
         if settings.on_curve:
             found = project(x, book, check_finite=refuse)
             return Point(self._marked(found.segments), found.positions)
-        if settings.has_codebook and not settings.takes_logits:
+        if settings.searches:
             refuse_not_finite(lib, self.function, refuse, z=x, codebook=book)
             return self._marked(hard.tokens(lib, settings, x, hard.as_they_are(settings, book)))
         quantizer = settings.quantizer if settings.takes_logits else settings.hard

@@ -151,6 +151,11 @@ class Settings:
         return not self.estimator.keeps_space
 
     @property
+    def searches(self) -> bool:
+        """Whether a token is the nearest codeword, in each head and stage."""
+        return self.has_codebook and not (self.on_curve or self.takes_logits)
+
+    @property
     def width(self) -> int:
         """Entries of what is quantized, of all heads together."""
         return self.dim if self.codebook_dim is None else self.codebook_dim

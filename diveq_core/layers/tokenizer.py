@@ -5,9 +5,11 @@ r"""A trained quantizer as a value: vectors to tokens and back, in any array lib
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from diveq_core.arrays.checks import check_floating, checked_count, checked_indices
@@ -189,6 +191,17 @@ class Tokenizer:
         """The codewords as an array of NumPy, a copy; None for `FSQ`."""
         return self._arrays["codewords"].copy() if "codewords" in self._arrays else None
 
+    @property
+    def arrays(self) -> State:
+        """What it holds, as arrays of NumPy; do not write them."""
+        return self._arrays
+
+    def of_rows(self) -> Self:
+        """The same for vectors along the last axis, of which those that are not finite are marked."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, channel_axis=-1, not_finite="mark")
+        return other
+
     @quiet
     def encode(self, z: Array, mask: Array | None = None) -> Any:
         """Tokens of vectors.
@@ -324,8 +337,10 @@ class Tokenizer:
         placed = self._placed.get(key)
         if placed is None:
             state = {name: lib.copy(lib.xp.asarray(x, **place)) for name, x in self._arrays.items()}
-            searches = self.settings.has_codebook and not (self.settings.on_curve or self.settings.takes_logits)
-            placed = state, hard.prepared(lib, self.settings, words(lib, self.settings, state)[0]) if searches else None
+            books = None
+            if self.settings.searches:
+                books = hard.prepared(lib, self.settings, words(lib, self.settings, state)[0])
+            placed = state, books
             # What is made while a function is traced belongs to the trace.
             if lib.is_concrete(like) and all(lib.is_concrete(x) for x in state.values()):
                 self._placed[key] = placed
