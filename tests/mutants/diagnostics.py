@@ -7,8 +7,8 @@ from mutants.mutant import Mutant
 MUTANTS = (
     Mutant(
         "usage: one sum of ones",
-        "dtype=lib.xp.int32, **lib.place(flat)",
-        "dtype=lib.xp.float32, **lib.place(flat)",
+        "dtype=lib.xp.int32, **lib.place(segments)",
+        "dtype=lib.xp.float32, **lib.place(segments)",
         "test_diagnostics.py beyond_the_whole",
     ),
     Mutant(
