@@ -13,7 +13,7 @@ from capabilities import PAGE, cell, known_cells
 from capability_rows import ESTIMATORS, ROWS
 from layer_drivers import DRIVERS, KERAS_WARNS, KINDS, driver_named, layer_cell
 from libraries import jax_checked, library_named
-from transformations import ON_DEVICES, TRANSFORMATIONS, transformed
+from transformations import FIRST, ON_DEVICES, TRANSFORMATIONS, transformed
 
 if TYPE_CHECKING:
     from libraries import Library
@@ -34,10 +34,13 @@ def test_the_documented_cell_is_what_was_tried(name: str, library: Library) -> N
         assert written == ", ".join(cell(name, library)), "run python tests/support/capabilities.py"
 
 
+OF_EACH_KIND = [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ESTIMATORS]
+
+
 # torch's forward mode compiles decompositions by a function that torch itself has deprecated.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("transformation", [each for each in TRANSFORMATIONS if each not in ON_DEVICES])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", OF_EACH_KIND)
 def test_the_documented_transformation_is_what_was_tried(name: str, transformation: str) -> None:
     library_named(transformation.partition(":")[0])
     written = known_cells(WRITTEN, 1)[name][transformation]
