@@ -218,7 +218,7 @@ class Mahalanobis:
         if lib.is_concrete(self.matrix):
             if not lib.all_finite(self.matrix):
                 raise ValueError("Mahalanobis: matrix must be finite, got NaN or infinity in it")
-            smallest = float(lib.xp.min(lib.xp.linalg.eigvalsh(self._symmetric(lib, self.matrix))))
+            smallest = float(lib.xp.min(lib.xp.linalg.eigvalsh(self._symmetric(lib, _usual(lib, self.matrix)))))
             if smallest <= 0:
                 raise ValueError(f"Mahalanobis: matrix must be positive definite, got smallest eigenvalue {smallest:g}")
             # Apart from the caller's array, which may be overwritten where the entries are not.
@@ -255,6 +255,12 @@ class Mahalanobis:
         zero = squared == 0
         to_q = zero_rows(lib, zero, m_y / one_where(lib, zero, squared) * k)
         return to_q, -to_q
+
+
+def _usual(lib: Backend, x: Array) -> Array:
+    """In float32 or float64: no library factors matrices of 16 bits, nor NumPy those of 128."""
+    xp = lib.xp
+    return lib.astype(x, xp.float32 if lib.compute_dtype(x.dtype) == xp.float32 else xp.float64)
 
 
 def _numbers(lib: Backend, matrix: Array) -> list[float]:

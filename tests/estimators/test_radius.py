@@ -220,6 +220,21 @@ def test_equal_matrices_are_one_radius(library: Library) -> None:
     np.testing.assert_array_equal(library.back(of_library.matrix), m)
 
 
+def test_a_matrix_in_another_precision(library: Library) -> None:
+    """Which no library factors, though all compute with it."""
+    # Twice the largest is no number of 16 bits.
+    m = np.array([[4e4, 2.0], [0.0, 3e4]])
+    given = [library.to(m.astype(np.float16))] if library.float16 else []
+    given += [library.cast(library.to(m.astype(np.float32)), library.bfloat16)] if library.bfloat16 else []
+    given += [m.astype(np.longdouble)] if library.name == "numpy" else []
+    for each in given:
+        radius = dq.Mahalanobis(each)
+        assert radius.matrix.dtype == each.dtype
+        with pytest.raises(ValueError, match=r"^Mahalanobis: matrix must be positive definite"):
+            dq.Mahalanobis(-each)
+    assert given or library.name == "array_api_strict"
+
+
 def test_a_matrix_that_is_overwritten_was_copied() -> None:
     m = np.eye(2)
     radius = dq.Mahalanobis(m)
