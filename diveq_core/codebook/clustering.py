@@ -6,6 +6,7 @@ costs no digits, and with sums over ranks where there are several.
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,7 +62,8 @@ def kmeans_plus_plus(
         The library's own generator, as in `quantize`. Ranks agree on what they draw, whatever their seeds; a given
         ``noise`` must be the same on all.
     all_reduce : callable, optional
-        Sum over ranks, array -> array of the same shape; it may sum in place. The draws are as from the joined vectors.
+        Sum over ranks, array -> array of the same shape; it may sum in place. The draws are as from the joined vectors,
+        of which a rank may have none.
 
     Returns
     -------
@@ -185,5 +187,6 @@ def clustered(
     e = e if e.dtype == z.dtype else frame.enter(found)
     indices = frame.nearest(e)
     inertia = frame.ranks.sum(xp.sum(frame.squared_distances(e, indices)))
-    shaped = xp.reshape(indices, tuple(z.shape[:-1]))
+    # Of no vector there is a row that stands for none.
+    shaped = xp.reshape(indices if math.prod(z.shape[:-1]) else indices[:0], tuple(z.shape[:-1]))
     return KMeans(found, shaped, inertia * frame.size * frame.size * frame.inverse * frame.inverse)

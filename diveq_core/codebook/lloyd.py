@@ -26,7 +26,9 @@ class Frame:
     def __init__(self, function: str, z: Array, all_reduce: Callable[[Array], Array] | None) -> None:
         self.lib = lib = backend_of(function, z=z)
         check_floating(lib, function, z=z)
-        if z.ndim < 1 or z.shape[-1] < 1 or math.prod(z.shape) == 0:
+        # Of several ranks one may have none: the others would wait for it.
+        empty = z.ndim > 0 and math.prod(z.shape[:-1]) == 0
+        if z.ndim < 1 or z.shape[-1] < 1 or (empty and all_reduce is None):
             raise ValueError(
                 f"{function}: z must have shape (..., D) with D >= 1 and at least one vector, got {tuple(z.shape)}"
             )
@@ -34,6 +36,10 @@ class Frame:
         self.function, self.dtype = function, z.dtype
         self.ranks = Ranks(lib, function, all_reduce)
         rows, dtype = flat_rows(lib, lib.stop_gradient(z)), lib.compute_dtype(z.dtype)
+        if empty:
+            # A row that is not finite stands for no vector at all.
+            one = xp.ones((1, z.shape[-1]), dtype=z.dtype, **lib.place(z))
+            rows = lib.nan_where(one > 0, one)
         self.valid = lib.by_rows(lambda z: xp.all(xp.isfinite(z), axis=1), rows)
         self.weights = xp.astype(self.valid, dtype)
         # Where values cannot be read there may be no vector: the codebook is then zeros rather than NaN.
@@ -43,7 +49,7 @@ class Frame:
         offset = xp.max(xp.abs(mean)) > 4 * deviation
         self.mean = xp.where(offset, mean, xp.zeros_like(mean))
         if lib.is_concrete(total) and float(total) == 0:
-            raise ValueError(f"{function}: z must have at least one finite vector, got none of {rows.shape[0]}")
+            raise ValueError(f"{function}: z must have at least one finite vector, got none of {math.prod(z.shape[:-1])}")
         self.inverse, self.size = 1 / self.scale, power_of_two(lib, deviation)
 
         def entered(z: Array, valid: Array) -> Array:

@@ -27,9 +27,9 @@ def in_place(all_reduce):
     return reduce
 
 
-def everything(library: Library, rank: int, all_reduce, seed: int | None = None):
+def everything(library: Library, rank: int, all_reduce, seed: int | None = None, own: slice | None = None):
     """Every function that sums, on a rank's part of the vectors; its arguments, and what it gives."""
-    z = normal(2 * N, D)[rank::2].astype(np.float32)
+    z = normal(2 * N, D)[slice(rank, None, 2) if own is None else own].astype(np.float32)
     codebook = normal(K, D, seed=1).astype(np.float32)
     codebook[-2:] = 100
     z, codebook = library.to(z), library.to(codebook)
@@ -90,6 +90,26 @@ def test_a_sum_is_given_a_copy(name: str) -> None:
     total = Ranks(backend_of("test", x=x), "test", double).sum(x)
     np.testing.assert_array_equal(library.back(x), [0, 1, 2])
     np.testing.assert_array_equal(library.back(total), [0, 2, 4])
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_a_rank_without_vectors_takes_part(name: str) -> None:
+    """It ends with what a rank that has them all does; had it refused, the other would wait for good."""
+    library = library_named(name)
+    _, alone = everything(library, 0, None, own=slice(0, None))
+    ranks = Simulated(2).run(lambda rank, sum_: everything(library, rank, sum_, own=slice(0, -rank * 2 * N or None)))
+    for full, nothing, expected in zip(ranks[0][1], ranks[1][1], alone, strict=True):
+        np.testing.assert_array_equal(library.back(nothing), library.back(full))
+        np.testing.assert_allclose(library.back(full), library.back(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_clusters_of_a_rank_without_vectors() -> None:
+    z = [np.ones((2, 1, D)), np.ones((2, 0, D))]
+    found = Simulated(2).run(lambda rank, sum_: dq.kmeans(z[rank], np.zeros((1, D)), all_reduce=sum_))
+    assert [each.indices.shape for each in found] == [(2, 1), (2, 0)]
+    np.testing.assert_array_equal(found[1].codebook, np.ones((1, D)))
+    with pytest.raises(ValueError, match=r"^kmeans: z must have at least one finite vector, got none of 0$"):
+        dq.kmeans(z[1], 2, all_reduce=lambda x: x)
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (3, 3)])

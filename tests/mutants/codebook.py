@@ -18,6 +18,12 @@ MUTANTS = (
         "test_quantize.py other_pullbacks and numpy and linear",
     ),
     Mutant(
+        "k-means: a rank without vectors has one",
+        "rows = lib.nan_where(one > 0, one)",
+        "rows = one",
+        "test_ranks.py without_vectors and numpy",
+    ),
+    Mutant(
         "EMA: decay exchanged",
         "old = decay * xp.where",
         "old = (1 - decay) * xp.where",
