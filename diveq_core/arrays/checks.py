@@ -157,7 +157,7 @@ def checked_number(
         check_shape(function, name, value, (), "a number")
         if not lib.is_concrete(value):
             return lib.stop_gradient(lib.astype(value, lib.compute_dtype(like.dtype)))
-        value = float(value)
+        value = float(lib.stop_gradient(value))
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{function}: {name} must be a real number, got {describe(value)}")
     if not lowest <= float(value) < below:

@@ -49,7 +49,8 @@ class Frame:
         offset = xp.max(xp.abs(mean)) > 4 * deviation
         self.mean = xp.where(offset, mean, xp.zeros_like(mean))
         if lib.is_concrete(total) and float(total) == 0:
-            raise ValueError(f"{function}: z must have at least one finite vector, got none of {math.prod(z.shape[:-1])}")
+            given = math.prod(z.shape[:-1])
+            raise ValueError(f"{function}: z must have at least one finite vector, got none of {given}")
         self.inverse, self.size = 1 / self.scale, power_of_two(lib, deviation)
 
         def entered(z: Array, valid: Array) -> Array:

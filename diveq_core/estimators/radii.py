@@ -216,13 +216,13 @@ class Mahalanobis:
         object.__setattr__(self, "width", shape[0])
         object.__setattr__(self, "entries", object())
         if lib.is_concrete(self.matrix):
+            # Apart from the caller's array, which may be overwritten where the entries are not.
+            object.__setattr__(self, "matrix", lib.snapshot(lib.stop_gradient(self.matrix)))
             if not lib.all_finite(self.matrix):
                 raise ValueError("Mahalanobis: matrix must be finite, got NaN or infinity in it")
             smallest = float(lib.xp.min(lib.xp.linalg.eigvalsh(self._symmetric(lib, _usual(lib, self.matrix)))))
             if smallest <= 0:
                 raise ValueError(f"Mahalanobis: matrix must be positive definite, got smallest eigenvalue {smallest:g}")
-            # Apart from the caller's array, which may be overwritten where the entries are not.
-            object.__setattr__(self, "matrix", lib.snapshot(lib.stop_gradient(self.matrix)))
             # Adding zero makes -0.0 and 0.0 the one number they are.
             object.__setattr__(self, "entries", array("d", [x + 0.0 for x in _numbers(lib, self.matrix)]).tobytes())
 

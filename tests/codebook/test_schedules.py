@@ -44,6 +44,23 @@ def test_their_range(library: Library) -> None:
         dq.ema_init(codebook, weight=library.to(np.ones(2, np.float32)))
 
 
+def test_numbers_that_require_gradients() -> None:
+    """They are constants here, and so is a matrix: torch warns where such a tensor is read as a number."""
+    torch = pytest.importorskip("torch")
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        arrays, numbers = problem()
+        expected = upkeep(*arrays, *numbers)
+        found = upkeep(*(torch.tensor(np.asarray(x, np.float32), requires_grad=True) for x in (*arrays, *numbers)))
+        radius = dq.Mahalanobis(torch.nn.Parameter(2 * torch.eye(3)))
+    finally:
+        torch.set_warn_always(always)
+    assert not any(x.requires_grad for x in (*found, radius.matrix))
+    for actual, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(actual.numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
 # array_api_compat looks up namespaces in a cache, which Dynamo traces through.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
 def test_compiled_by_torch() -> None:
