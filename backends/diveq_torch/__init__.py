@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from diveq_core.arrays.backend import Backend
 from diveq_core.arrays.rows import Direction, in_blocks, lengths_in_range, row_scale, safe_log
 from diveq_torch import draws
-from diveq_torch.bind import quantize
+from diveq_torch.bind import has_values, quantize
 from diveq_torch.layers import VectorQuantizer
 from diveq_torch.search import Prepared, nearest_plain, nearest_rows
 
@@ -96,7 +96,7 @@ class TorchBackend(Backend):
         return not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
 
     def is_concrete(self, x: torch.Tensor) -> bool:
-        if torch.compiler.is_compiling() or x.is_meta:
+        if torch.compiler.is_compiling() or not has_values(x):
             return False
         return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
@@ -126,6 +126,10 @@ class TorchBackend(Backend):
         return x if x.dtype == dtype else x.to(dtype)
 
     def copy(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            # It may outlive the mode, whose own tensors take no part in what is differentiated later.
+            with torch.inference_mode(False), torch.no_grad():
+                return x.clone(memory_format=torch.contiguous_format)
         # Contiguous, as collectives ask.
         return x.clone(memory_format=torch.contiguous_format)
 

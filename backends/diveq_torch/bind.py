@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._C._functorch import TransformType, _unwrap_for_grad, is_functorch_wrapped_tensor
 from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
@@ -232,3 +233,8 @@ def _moved(rule: Any, z: Any, codebook: Any, inner: list[Any], out: Any) -> Any:
     moved = rule.pushforward(*inner, inner[0] - z, None if codebook is None else inner[1] - codebook)
     # Subtracted, as adding a zero would lose the sign of another one; of what is not finite no zero is left.
     return out - (torch.where((moved == moved) | out.isnan(), moved, 0.0) + 0.0)
+
+
+def has_values(x: torch.Tensor) -> bool:
+    """Whether a tensor has values at all: not on the device of none, nor under a mode that only looks at shapes."""
+    return not x.is_meta and not isinstance(x, FakeTensor)

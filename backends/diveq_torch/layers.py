@@ -16,6 +16,7 @@ from diveq_core.layers import beginning, step, upkeep
 from diveq_core.layers.layer import Layer, Quantization
 from diveq_core.layers.results import Losses, Point, Statistics, added
 from diveq_core.layers.settings import DEFAULT, Settings
+from diveq_torch.bind import has_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,9 +179,9 @@ class VectorQuantizer(Layer, nn.Module):
     def _begin(self, z: torch.Tensor, mask: torch.Tensor | None) -> None:
         if not self.settings.from_data or self._begun:
             return
-        if torch.compiler.is_compiling() or z.is_meta:
+        if torch.compiler.is_compiling() or not has_values(z):
             # Values cannot be read, so this batch is taken for one that has vectors.
-            if not z.is_meta:
+            if torch.compiler.is_compiling() and not z.is_meta:
                 _start_layer(self._number, list(self.held().values()), z.detach(), mask)
             self._begun = True
             return
@@ -195,7 +196,7 @@ class VectorQuantizer(Layer, nn.Module):
 
     def _due(self) -> bool | None:
         """Whether the step to come is one after which unused codewords are replaced; None where only a device knows."""
-        if not self.settings.replaces or self.steps.is_meta:
+        if not self.settings.replaces or not has_values(self.steps):
             return None
         self._count = (int(self.steps) if self._count is None else self._count) + 1
         trained = self._parameters.get("codewords")
@@ -205,7 +206,7 @@ class VectorQuantizer(Layer, nn.Module):
 
     def _rng(self, step: int) -> torch.Generator | None:
         """A stream for what is drawn after a step: a checkpoint draws a step's noise again, but none of this."""
-        if self.steps.is_meta:
+        if not has_values(self.steps):
             return None
         return torch.Generator(self.steps.device).manual_seed((self._seed + step) % (1 << 63))
 

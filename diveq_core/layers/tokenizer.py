@@ -125,7 +125,7 @@ class Tokenizer:
             elif stages > 1 and heads > 1:
                 codebook = codebook[:stages, ...]
             dim, size = codebook.shape[-1] * heads, codebook.shape[-2]
-            state["codewords"] = lib.to_numpy(lib.stop_gradient(codebook))
+            state["codewords"] = _as_numpy("codebook", codebook)
         self._take(_plain(Settings(dim, size, _hard(single), **options)), state, position_bits)
 
     @classmethod
@@ -143,12 +143,11 @@ class Tokenizer:
         _, state = checked_state("Tokenizer", settings, state, whole=False)
         arrays = {}
         for name, x in state.items():
-            lib = backend_of("Tokenizer", **{name: x})
             if name not in ("embedding", "weight"):
-                arrays[name] = lib.to_numpy(lib.stop_gradient(x))
+                arrays[name] = _as_numpy(name, x)
             elif name == "embedding":
-                book = lib.stop_gradient(words(lib, settings, state)[0])
-                arrays["codewords"] = lib.to_numpy(book)
+                lib = backend_of("Tokenizer", **{name: x})
+                arrays["codewords"] = _as_numpy("codewords", words(lib, settings, state)[0])
         self = cls.__new__(cls)
         self._take(_plain(settings), arrays, position_bits)
         return self
@@ -390,6 +389,15 @@ class Tokenizer:
 
 
 _HIDDEN = ("codebook_update", "init", "replace_every")
+
+
+def _as_numpy(name: str, x: Array) -> Array:
+    """An array of any library as one of NumPy."""
+    lib = backend_of("Tokenizer", **{name: x})
+    x = lib.stop_gradient(x)
+    if not lib.is_concrete(x):
+        raise ValueError(f"Tokenizer: {name} must have values, got an array without: it is traced, or of shapes alone")
+    return lib.to_numpy(x)
 
 
 def _parts(estimator: Quantizer) -> tuple[Quantizer, int, int]:

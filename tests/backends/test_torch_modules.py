@@ -86,6 +86,13 @@ class TestModules:
         assert out.z_q.shape == (4, 3)
         assert out.indices.shape == (4,)
         assert out.z_q.device.type == "meta"
+        # Nor under a mode that only looks at shapes.
+        from torch._subclasses import FakeTensorMode
+
+        with FakeTensorMode():
+            z, codebook = torch.randn(4, 3), torch.randn(5, 3)
+            found = dq.kmeans(z, codebook, iterations=2)
+            assert (found.codebook.shape, found.indices.shape) == ((5, 3), (4,))
 
 
 REFUSED = {

@@ -327,3 +327,31 @@ def test_torch_keeps_gradients_out() -> None:
     tokens = tokenizer.encode(z)
     assert not tokenizer.decode(tokens).requires_grad
     assert not tokens.requires_grad
+
+
+def test_what_it_kept_in_inference_mode_serves_outside() -> None:
+    """A map is kept for the backward pass, which tensors that were made in that mode cannot be."""
+    torch = pytest.importorskip("torch")
+    from diveq_numpy import VectorQuantizer
+
+    vq = VectorQuantizer(4, 6, codebook_dim=2, init="normal", rng=np.random.default_rng(0))
+    gradients = []
+    for first in (torch.no_grad, torch.inference_mode):
+        tokenizer, z = vq.tokenizer(), torch.from_numpy(normal(5, 4)).float().requires_grad_()
+        with first():
+            tokenizer.encode(z)
+        gradients += torch.autograd.grad(tokenizer.distortion(z), z)
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_it_is_made_of_values() -> None:
+    torch = pytest.importorskip("torch")
+    text = r"^Tokenizer: codebook must have values, got an array without: it is traced, or of shapes alone$"
+    with pytest.raises(ValueError, match=text):
+        torch.func.vmap(lambda codebook: dq.Tokenizer(codebook).encode(codebook))(torch.ones(2, 3, 4))
+    with pytest.raises(ValueError, match=text):
+        dq.Tokenizer(torch.ones(3, 4, device="meta"))
+    from diveq_torch import VectorQuantizer
+
+    with pytest.raises(ValueError, match=text.replace("codebook", "codewords")):
+        VectorQuantizer(4, 6, device="meta").tokenizer()

@@ -242,6 +242,17 @@ def test_a_layer_is_made_without_a_device() -> None:
     assert vq(vectors()).z_q.isfinite().all()
 
 
+def test_a_layer_is_tried_for_its_shapes() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        vq = VectorQuantizer(DIM, K, init="kmeans", replace_every=1)
+        for _ in range(2):
+            out = vq(torch.randn(4, DIM))
+        vq.update()
+    assert (out.z_q.shape, out.indices.shape) == ((4, DIM), (4,))
+
+
 def test_a_resumed_run_is_the_same_run() -> None:
     def run(vq: VectorQuantizer, seeds: range) -> None:
         for seed in seeds:
