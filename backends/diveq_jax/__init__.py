@@ -44,6 +44,11 @@ class JaxBackend(Backend):
     def is_floating(self, x: jax.Array) -> bool:
         return x.dtype in _FLOATING
 
+    def result_dtype(self, a: jax.Array, b: jax.Array) -> Any:
+        # Every cast that follows is written out, which is what those ask for who set it to "strict".
+        with jax.numpy_dtype_promotion("standard"):
+            return super().result_dtype(a, b)
+
     def as_indices(self, x: jax.Array) -> jax.Array:
         if x.dtype in (jnp.int32, jnp.int64):
             return x

@@ -52,7 +52,7 @@ def _nearest_rows(z: jax.Array, codebook: jax.Array, *, kernels: bool = True) ->
 
 
 def _nearest_by_product(lib: Backend, z: jax.Array, codebook: jax.Array) -> jax.Array:
-    dtype = lib.compute_dtype(jnp.result_type(z.dtype, codebook.dtype))
+    dtype = lib.compute_dtype(lib.result_dtype(z, codebook))
     codebook = codebook.astype(dtype)
     centre, scale = search.frame(lib, codebook)
     extended = search.extended_codebook(lib, codebook, centre, scale)
