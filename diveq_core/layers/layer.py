@@ -157,5 +157,6 @@ def taken(settings: Settings, state: State, arrays: dict[str, Any]) -> State:
         if tuple(arrays[name].shape) != shape:
             raise ValueError(f"load_arrays: {name} must have shape {shape}, got {tuple(arrays[name].shape)}")
         lib = backend_of("load_arrays", **{name: state[name]})
-        new[name] = lib.like(arrays[name], state[name])
+        # A copy: what was given may be written to later.
+        new[name] = lib.copy(lib.like(arrays[name], state[name]))
     return new

@@ -145,3 +145,15 @@ def test_wrong_order_says_what_is_wrong() -> None:
     with pytest.raises(TypeError, match="got an unexpected keyword argument 'codebok_dim'"):
         VectorQuantizer(DIM, K, codebok_dim=3)
     assert repr(VectorQuantizer(DIM, K, heads=2)) == "VectorQuantizer(dim=6, codebook_size=8, heads=2)"
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8"])
+def test_arrays_that_were_loaded_may_be_written_to(dtype: str) -> None:
+    vq = VectorQuantizer(DIM, K, dq.STE(), codebook_update="ema", init="normal", rng=np.random.default_rng(0))
+    before = vq.arrays()
+    given = {name: x.astype(dtype) if x.dtype.kind == "f" else x.copy() for name, x in before.items()}
+    vq.load_arrays(given)
+    for x in given.values():
+        x[...] = 1
+    for name, x in vq.arrays().items():
+        np.testing.assert_array_equal(x, before[name])
