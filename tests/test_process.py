@@ -182,6 +182,26 @@ def test_a_broken_optional_package_is_no_hindrance(kind: str, tmp_path, monkeypa
     assert run_python(code) == f"[0 1 2] [0 1 2] {told if kind == 'fails to import' else '[]'}\n"
 
 
+def test_an_optional_package_that_is_hidden_is_absent():
+    code = """
+        import sys
+        import numpy as np
+        import diveq_core as dq
+        import diveq_torch.search
+
+        class Hide:
+            def find_spec(self, name, path=None, target=None):
+                if name in ("faiss", "triton"):
+                    raise ModuleNotFoundError(f"hidden: {name}", name=name)
+
+        sys.modules.pop("triton", None)
+        sys.meta_path.insert(0, Hide())
+        codebook = np.eye(3, dtype=np.float32)
+        print(dq.nearest(np.tile(codebook, (1000, 1)), codebook)[:3], diveq_torch.search._has_triton())
+    """
+    assert run_python(code) == "[0 1 2] False\n"
+
+
 def test_error_states_of_numpy_stay_as_they_are():
     with np.errstate(all="raise"):
         before = np.geterr()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -170,11 +169,12 @@ def _faiss() -> Any:
 
 @functools.cache
 def _import_faiss() -> Any:
-    if importlib.util.find_spec("faiss") is None:
-        return None
     try:
+        # Not asked for first: who hides a package may answer that by an error too.
         faiss = importlib.import_module("faiss")
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "faiss":
+            return None
         warnings.warn(f"nearest: faiss is installed but fails to import, so it is not used: {error}", stacklevel=2)
         return None
     # A folder of that name is a package too.

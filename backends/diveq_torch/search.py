@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -84,7 +84,11 @@ def _fused_serves(z: torch.Tensor, codebook: torch.Tensor) -> bool:
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return False
+    return True
 
 
 def _nearest_by_numpy(
