@@ -45,6 +45,8 @@ class JaxBackend(Backend):
         return x.dtype in _FLOATING
 
     def result_dtype(self, a: jax.Array, b: jax.Array) -> Any:
+        if a.dtype == b.dtype:
+            return a.dtype
         # Every cast that follows is written out, which is what those ask for who set it to "strict".
         with jax.numpy_dtype_promotion("standard"):
             return super().result_dtype(a, b)
