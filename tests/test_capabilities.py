@@ -47,9 +47,19 @@ def test_the_documented_transformation_is_what_was_tried(name: str, transformati
     assert written == transformed(name, transformation), "run python tests/support/capabilities.py"
 
 
+ON_FLAX = ("plain", "averages", "stages, averages", "FSQ in stages")
+
+
 @KERAS_WARNS
-@pytest.mark.parametrize("framework", DRIVERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "framework"),
+    [
+        # What Flax does to the others is the same, and compiled for seconds each.
+        pytest.param(kind, name, marks=pytest.mark.slow if name == "flax" and kind not in ON_FLAX else ())
+        for kind in KINDS
+        for name in DRIVERS
+    ],
+)
 def test_the_documented_layer_is_what_was_tried(kind: str, framework: str) -> None:
     driver_named(framework)
     written = known_cells(WRITTEN, 2)[kind][framework]
