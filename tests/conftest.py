@@ -38,6 +38,10 @@ _NEEDED = {
     "test_compare.py": _COMMANDS,
     "test_compare_data.py": _COMMANDS,
     "test_bench.py": _COMMANDS,
+    "test_tokens_sources.py": (*_COMMANDS, "safetensors"),
+    "test_tokens_commands.py": (*_COMMANDS, "safetensors"),
+    "test_tokens_fit.py": (*_COMMANDS, "safetensors"),
+    "test_tokens_kept.py": (*_COMMANDS, "safetensors"),
     "test_bars.py": _COMMANDS,
     "test_mutants.py": ("torch",),
 }

@@ -16,7 +16,7 @@ from processes import importable, run_python
 ROOT = Path(__file__).parent.parent
 OTHERS = [
     *("torch", "jax", "cupy", "mlx", "flax", "equinox", "keras", "safetensors"),
-    *("dask", "matplotlib", "typer", "rich", "sklearn"),
+    *("dask", "matplotlib", "typer", "rich", "sklearn", "pyarrow", "zarr"),
 ]
 
 QUANTIZE = """
@@ -178,6 +178,7 @@ def test_the_wheel_has_every_entry_point(wheel: zipfile.ZipFile):
     assert "[diveq_core.backends]" in text
     for name in ("numpy", "cupy", "torch", "jax", "mlx"):
         assert f"{name} = diveq_{name}:backend" in text.splitlines()
+    assert "diveq-core = diveq_core.__main__:main" in text.splitlines()
 
 
 def test_the_wheel_works_where_it_is_unpacked(wheel: zipfile.ZipFile, tmp_path: Path):

@@ -1,1 +1,1 @@
-"""The command line, ``compare`` and ``bench``: applications of the library."""
+"""The command line: tokens of files, ``compare`` and ``bench``; applications of the library."""

@@ -12,13 +12,30 @@ from diveq_core.commands.bench.settings import Settings as BenchSettings
 from diveq_core.commands.compare.recipes import DEFAULT, RECIPES
 from diveq_core.commands.compare.settings import CompareError, Settings
 from diveq_core.commands.terminal import UsageError
+from diveq_core.commands.tokens.cli import COMMANDS
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("diveq-core"))
+        raise typer.Exit
 
 
 @app.callback()
-def commands() -> None:
-    """Differentiable vector quantization: experiments from the command line."""
+def commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Vector quantization from the command line: tokens of files of vectors, and experiments."""
+
+
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 @app.command("compare")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from diveq_core.commands.compare.settings import CompareError
+from diveq_core.commands.terminal import UsageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,14 +45,14 @@ def load_images(path: Path | None) -> Images:
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if not files:
             raise CompareError(f"--data must be a folder with images ({', '.join(SUFFIXES)}), got none in {path}")
-        return Images([_read_image(file) for file in files], f"{len(files)} images of {path}")
+        return Images([read_image(file) for file in files], f"{len(files)} images of {path}")
     if not path.exists():
         raise CompareError(
             f"--data must be an image, a folder of images or a .npy file, got {path}, which does not exist"
         )
     if path.suffix.lower() == ".npy":
         return Images(_read_array(path), str(path))
-    return Images([_read_image(path)], str(path))
+    return Images([read_image(path)], str(path))
 
 
 def _sample_images() -> Images:
@@ -66,8 +67,11 @@ def _unit(values: np.ndarray) -> np.ndarray:
     return (values / np.iinfo(values.dtype).max).astype(np.float32)
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """RGB (H, W, 3): grey is repeated, palettes are looked up, transparency is laid over white."""
+def read_image(path: Path, refused: type[UsageError] = CompareError, option: str = "--data") -> np.ndarray:
+    """RGB (H, W, 3) in [0, 1]: grey is repeated, palettes are looked up, transparency is laid over white.
+
+    What cannot be read is ``refused`` by an error that names the ``option``.
+    """
     from PIL import Image, ImageOps
 
     try:
@@ -78,18 +82,18 @@ def _read_image(path: Path) -> np.ndarray:
                 if image.mode.startswith("I;16"):
                     return np.repeat(_unit(np.asarray(image).astype(np.uint16))[:, :, None], 3, axis=2)
                 if image.mode in ("I", "F"):
-                    raise CompareError(
-                        f"--data must have 8 or 16 bits per channel, got {path} in Pillow's mode {image.mode!r}"
+                    raise refused(
+                        f"{option} must have 8 or 16 bits per channel, got {path} in Pillow's mode {image.mode!r}"
                     )
                 if image.has_transparency_data:
                     white = Image.new("RGBA", image.size, "white")
                     image = Image.alpha_composite(white, image.convert("RGBA"))
                 return _unit(np.asarray(image.convert("RGB")))
-    except CompareError:
+    except UsageError:
         raise
     # Pillow reports damaged files by almost any exception, according to the format.
     except Exception as error:
-        raise CompareError(f"--data must be an image that Pillow can read, got {path}: {_first_line(error)}") from None
+        raise refused(f"{option} must be an image that Pillow can read, got {path}: {_first_line(error)}") from None
 
 
 def _read_array(path: Path) -> list[np.ndarray]:
