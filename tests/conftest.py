@@ -42,6 +42,7 @@ _NEEDED = {
     "test_tokens_commands.py": (*_COMMANDS, "safetensors"),
     "test_tokens_fit.py": (*_COMMANDS, "safetensors"),
     "test_tokens_kept.py": (*_COMMANDS, "safetensors"),
+    "test_tokens_page.py": (*_COMMANDS, "safetensors", "zarr"),
     "test_bars.py": _COMMANDS,
     "test_mutants.py": ("torch",),
 }

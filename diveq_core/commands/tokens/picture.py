@@ -71,7 +71,7 @@ def _courses(axes: Any, courses: list[list[float]], figures: Figures | None) -> 
     """Distortion along the passes of all stages."""
     first = 1
     for number, course in enumerate(courses):
-        label = f"stage {number + 1}" if len(courses) > 1 else None
+        label = f"stage {number + 1}" if len(courses) > 1 else "while learning"
         axes.plot(range(first, first + len(course)), course, marker="o", markersize=3.5, linewidth=1.6, label=label)
         first += len(course)
     if figures is not None:

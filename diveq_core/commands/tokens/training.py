@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from diveq_core.commands.tokens.streams import Look
     from diveq_core.layers.tokenizer import Tokenizer
 
-BATCH = 4096
-"""Vectors of a step."""
+_BATCHES, _STEPS = (64, 4096), 32
+"""Vectors of a step, and steps of a pass, of which few data are to have as many."""
 
 _ITERATIONS = 10
 
@@ -61,11 +61,12 @@ def trained(
     sizes = {"codewords": codewords, "stages": stages, "groups": groups}
     book, _ = clustered(begin, lambda _, function: function(sample), passes=_ITERATIONS, rng=rng, **sizes)
     options: dict[str, Any] = {"heads": groups, "stages": stages, "codebook_update": update}
-    options |= {"not_finite": "skip", "dtype": sample.dtype, "rng": rng}
+    options |= {"dtype": sample.dtype, "rng": rng}
     layer = VectorQuantizer(sample.shape[1], codewords, estimator, **options)
     # A curve visits its corners from nearest to nearest.
     layer.codebook = in_order(book) if layer.settings.on_curve else book
-    total = passes * math.ceil(look.vectors / BATCH)
+    size = min(max(look.vectors // _STEPS, _BATCHES[0]), _BATCHES[1])
+    total = passes * math.ceil(look.vectors / size)
     # In units of how far apart the entries lie, since Adam's steps have the size of the rate.
     scale = float(np.mean(sample.std(axis=0))) or 1.0
     done, squares = 0, 0.0
@@ -74,8 +75,8 @@ def trained(
     def learn(z: np.ndarray) -> None:
         nonlocal done, squares
         z = z[rng.permutation(len(z))]
-        for start in range(0, len(z), BATCH):
-            batch = z[start : start + BATCH]
+        for start in range(0, len(z), size):
+            batch = z[start : start + size]
             out = layer.forward(batch)
             d = out.z_q - batch
             squares += float(np.sum(np.vecdot(d, d), dtype=np.float64))
