@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from typer.testing import CliRunner
 
 import diveq_core as dq
-from diveq_core.commands.bench import bars, clusterings, command, memory, problem, timing
+from diveq_core.commands.bench import bars, clusterings, command, files, memory, problem, timing
 from diveq_core.commands.bench.bars import Row, inertia_rows, memory_rows, saved_rows, speed_bars, speed_row
 from diveq_core.commands.bench.comparison import Comparison, compare, lines
 from diveq_core.commands.bench.contenders import CONTENDERS, JOBS, taking_part
@@ -208,6 +208,17 @@ def test_kmeans_is_the_same_of_both():
     # Float32 sums of up to 512 vectors, in another order; no vector lies that near to the middle of two codewords.
     np.testing.assert_allclose(ours.codebook, other.cluster_centers_, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(ours.indices, other.labels_)
+
+
+def test_files_hold_what_the_others_compute():
+    problem = Problem(3000, 8, 4)
+    (fit,), (faiss,) = (CONTENDERS[name].prepared(problem).values() for name in ("fit-file", "faiss-kmeans"))
+    found, other = fit(), faiss()
+    # From other beginnings, on vectors without clusters.
+    np.testing.assert_allclose(found["distortion"], other.obj[-1] / problem.n, rtol=0.1)
+    assert len(found["passes"][0]) == len(other.obj) == files.PASSES
+    (encode,), (nearest,) = (CONTENDERS[name].prepared(problem).values() for name in ("encode-file", "nearest"))
+    np.testing.assert_array_equal(np.load(encode()["out"]), nearest())
 
 
 def test_neither_kmeans_comes_to_rest_before_its_last_iteration():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -250,7 +251,7 @@ def test_the_version_and_completion():
         capture_output=True,
         text=True,
         check=True,
-        env={**__import__("os").environ, "_DIVEQ_CORE_COMPLETE": "source_bash"},
+        env={**os.environ, "_DIVEQ_CORE_COMPLETE": "source_bash"},
     )
     assert "complete -o default -F _diveq_core_completion diveq-core" in shown.stdout
 
@@ -270,3 +271,23 @@ def test_in_a_pipe_it_says_what_it_did_and_no_more(tmp_path):
     assert first == f"{tmp_path / 't.npy'}: 50, uint8, of 50 vectors"
     assert second.endswith(" vectors/s")
     assert third.endswith(" s in all")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a terminal of its own")
+def test_on_a_terminal_it_says_how_far_it_is(tmp_path):
+    saved(tmp_path / "tok.safetensors", 9, 6)
+    np.save(tmp_path / "z.npy", vectors(50, 6))
+    ours, theirs = os.openpty()
+    command = ["encode", "tok.safetensors", "z.npy", "-o", "t.npy"]
+    small = (
+        "from diveq_core.commands.tokens import coding; coding.CHUNK_BYTES = 24; from diveq_core.__main__ import main"
+    )
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    subprocess.run(
+        [sys.executable, "-c", f"{small}; main()", *command], stderr=theirs, cwd=tmp_path, env=environment, check=True
+    )
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours), os.close(theirs)
+    assert "t.npy" in shown
+    assert "100%" in shown
+    assert "vectors/s" in shown

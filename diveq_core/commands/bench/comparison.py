@@ -20,6 +20,8 @@ REFERENCES = {
     "rest": "rest-diveq-autodiff",
     "small": "plain",
     "kmeans": "scikit-learn",
+    "fit": "faiss-kmeans",
+    "encode": "nearest",
 }
 """Of what the ratios in a comparison are; of the first that took part where this one did not."""
 

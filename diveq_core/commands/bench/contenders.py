@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diveq_core.commands.bench import clusterings, searches, small, steps
+from diveq_core.commands.bench import clusterings, files, searches, small, steps
 from diveq_core.commands.bench.problem import BACKENDS, Problem, UnavailableError
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ CONTENDERS: dict[str, Contender] = {
     "scikit-learn": Contender("scikit-learn KMeans", clusterings.scikit_learn_whole),
     "lloyd-numpy": Contender("diveq_core, NumPy, from a given codebook", clusterings.ours),
     "scikit-learn-lloyd": Contender("scikit-learn KMeans, from the same", clusterings.scikit_learn),
+    "fit-file": Contender("diveq-core fit", files.fit_file),
+    "faiss-kmeans": Contender("faiss.Kmeans, in memory", files.faiss_kmeans),
+    "encode-file": Contender("diveq-core encode", files.encode_file),
+    "nearest": Contender("diveq_core.nearest, in memory", files.nearest),
 }
 
 JOBS: dict[str, tuple[str, ...]] = {
@@ -74,6 +78,8 @@ JOBS: dict[str, tuple[str, ...]] = {
     "rest": ("rest-diveq", "rest-diveq-autodiff", "rest-detach", "rest-detach-autodiff"),
     "small": ("small-torch", "plain", "small-numpy", "by-hand"),
     "kmeans": ("kmeans-numpy", "scikit-learn", "lloyd-numpy", "scikit-learn-lloyd"),
+    "fit": ("fit-file", "faiss-kmeans"),
+    "encode": ("encode-file", "nearest"),
 }
 """Contenders of each comparison; those that cannot take part say why."""
 
@@ -83,6 +89,8 @@ TITLES = {
     "rest": "Training step less its search: the indices given",
     "small": "Small calls: search, DiVeQ forward, backward to z and codebook",
     "kmeans": f"k-means++ and {clusterings.ITERATIONS} iterations, on patches of photographs",
+    "fit": f"From a file to a tokenizer: k-means of {files.PASSES} passes",
+    "encode": "From a file to tokens",
 }
 
 
