@@ -10,6 +10,7 @@ from mutants import (
     diagnostics,
     directions,
     distance,
+    files,
     gumbel,
     jax,
     layers,
@@ -28,6 +29,6 @@ from mutants import (
 ROOMS = (
     *(distance, radial, rotation, curve, composite, scalar, gumbel, rule, verbs),
     *(arrays, search, losses, codebook, directions, diagnostics),
-    *(numpy, torch, jax, mlx, layers),
+    *(numpy, torch, jax, mlx, layers, files),
 )
 MUTANTS = tuple(mutant for room in ROOMS for mutant in room.MUTANTS)
