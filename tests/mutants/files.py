@@ -14,8 +14,8 @@ MUTANTS = (
     ),
     Mutant(
         "fit: the error of a pass, its middle term once",
-        "self._squares - 2 * float(np.vdot(e, self._sums))",
-        "self._squares - float(np.vdot(e, self._sums))",
+        "self._squares - 2 * float(np.vdot(e, self._sums.T))",
+        "self._squares - float(np.vdot(e, self._sums.T))",
         "test_tokens_fit.py error_of_a_pass",
     ),
     Mutant(

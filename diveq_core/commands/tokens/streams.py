@@ -11,6 +11,7 @@ squared error of a pass is known without a look at the distances:
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -46,7 +47,8 @@ class Sums:
     def __init__(self, codebook: np.ndarray, centre: np.ndarray) -> None:
         self._codebook, self._centre = codebook, centre
         self.counts = np.zeros(len(codebook), np.int64)
-        self._sums = np.zeros(codebook.shape)
+        # Entries first, as they are added.
+        self._sums = np.zeros(codebook.shape[::-1])
         self._squares = 0.0
 
     def add(self, z: np.ndarray, indices: np.ndarray) -> None:
@@ -61,19 +63,19 @@ class Sums:
             self._squares += float(np.vdot(y, y))
             self.counts += np.bincount(chosen, minlength=count)
             for entry, weights in enumerate(y):
-                self._sums[:, entry] += np.bincount(chosen, weights, count)
+                self._sums[entry] += np.bincount(chosen, weights, count)
 
     @property
     def inertia(self) -> float:
         """Squared error of the codebook that the codewords were chosen from."""
         e = self._codebook.astype(np.float64) - self._centre
-        return max(self._squares - 2 * float(np.vdot(e, self._sums)) + float(self.counts @ np.vecdot(e, e)), 0.0)
+        return max(self._squares - 2 * float(np.vdot(e, self._sums.T)) + float(self.counts @ np.vecdot(e, e)), 0.0)
 
     def means(self) -> np.ndarray:
         """The next codebook, where a codeword without vectors stays as it is."""
         there = self.counts > 0
         means = self._codebook.astype(np.float64)
-        means[there] = self._sums[there] / self.counts[there, None] + self._centre
+        means[there] = self._sums.T[there] / self.counts[there, None] + self._centre
         return means.astype(self._codebook.dtype)
 
 
@@ -87,7 +89,8 @@ class Part:
 
     def begin(self, codewords: int, rng: np.random.Generator) -> None:
         """Add a codebook, of vectors of the sample that lie apart."""
-        self.books.append(dq.kmeans_plus_plus(self._left, codewords, rng=rng))
+        with one_thread():
+            self.books.append(dq.kmeans_plus_plus(self._left, codewords, rng=rng))
 
     def left(self, z: np.ndarray) -> np.ndarray:
         """What all stages but the last leave of vectors."""
@@ -111,6 +114,15 @@ class Part:
         """Leave to the next stage what this one leaves."""
         book = self.books[-1]
         self._left = self._left - book.take(dq.nearest(self._left, book), axis=0)
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Products by one thread, where that can be said: small ones wait for a second longer than they take."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        return nullcontext()
+    return threadpool_limits(1)
 
 
 def clustered(
