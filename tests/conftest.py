@@ -42,7 +42,8 @@ _NEEDED = {
     "test_tokens_commands.py": (*_COMMANDS, "safetensors"),
     "test_tokens_fit.py": (*_COMMANDS, "safetensors"),
     "test_tokens_kept.py": (*_COMMANDS, "safetensors"),
-    "test_tokens_page.py": (*_COMMANDS, "safetensors", "zarr"),
+    "test_tokens_page.py": (*_COMMANDS, "safetensors", "zarr", "dask", "onnxruntime", "ndonnx"),
+    "test_export.py": (*_COMMANDS, "safetensors", "onnxruntime", "ndonnx"),
     "test_bars.py": _COMMANDS,
     "test_mutants.py": ("torch",),
 }

@@ -11,7 +11,6 @@ from diveq_core.commands.bench.settings import BenchError
 from diveq_core.commands.bench.settings import Settings as BenchSettings
 from diveq_core.commands.compare.recipes import DEFAULT, RECIPES
 from diveq_core.commands.compare.settings import CompareError, Settings
-from diveq_core.commands.terminal import UsageError
 from diveq_core.commands.tokens.cli import COMMANDS
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -92,24 +91,6 @@ def compare_command(
             raise
         typer.echo(f"compare: these sizes do not fit in memory: {_first_line(error)}", err=True)
         raise typer.Exit(2) from None
-
-
-@app.command("export")
-def export_command(
-    tokenizer: Annotated[Path, typer.Argument(help="What a tokenizer's or a layer's save wrote.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Encoder to write, .onnx; the decoder goes beside it.")],
-) -> None:
-    """Write a tokenizer's encoder and decoder as graphs of ONNX, which take any number of vectors."""
-    from diveq_core.commands.export import decoder_path, export
-    from diveq_core.layers.tokenizer import Tokenizer
-
-    try:
-        nodes = export(Tokenizer.load(tokenizer), out)
-    except (UsageError, ValueError, OSError, ImportError) as error:
-        typer.echo(str(error) if str(error).startswith("export") else f"export: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(f"{out}: {nodes['encoder']} nodes, z (N, D) -> tokens")
-    typer.echo(f"{decoder_path(out)}: {nodes['decoder']} nodes, tokens -> z_q (N, D)")
 
 
 @app.command("bench")

@@ -34,13 +34,13 @@ def test_the_page(tmp_path, monkeypatch):
             result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 0, result.output
             commands.append(arguments[0])
-    assert set(commands) == {"fit", "encode", "decode", "inspect"}
+    assert set(commands) == {"fit", "encode", "decode", "inspect", "export"}
     assert (tmp_path / "report.png").exists()
 
 
 def test_every_option_that_the_page_names_is_one():
     given = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE.read_text(encoding="utf-8")))
     known = {"--install-completion", "--help"}
-    for command in ("fit", "encode", "decode", "inspect"):
+    for command in ("fit", "encode", "decode", "inspect", "export"):
         known |= set(re.findall(r"--[a-z-]+", CliRunner().invoke(app, [command, "--help"]).stdout))
     assert given <= known

@@ -1,4 +1,4 @@
-"""The options of ``fit``, ``encode``, ``decode`` and ``inspect``, and the codes that they end by."""
+"""The options of ``fit``, ``encode``, ``decode``, ``inspect`` and ``export``, and the codes that they end by."""
 
 from __future__ import annotations
 
@@ -110,6 +110,22 @@ def inspect_command(
         _say(found, json)
 
 
+def export_command(
+    tokenizer: _Tokenizer,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Encoder to write, .onnx; the decoder goes beside it.", show_default=False),
+    ],
+    json: _Json = False,
+) -> None:
+    """Write a tokenizer's encoder and decoder as graphs of ONNX, of any number of vectors."""
+    from diveq_core.commands.tokens.coding import load
+    from diveq_core.commands.tokens.export import export
+
+    with _messages("export"):
+        _say(export(load(tokenizer), out), json)
+
+
 def _say(found: dict[str, Any], json: bool) -> None:
     from diveq_core.commands.tokens.report import as_json, as_lines
 
@@ -149,4 +165,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "encode": encode_command,
     "decode": decode_command,
     "inspect": inspect_command,
+    "export": export_command,
 }

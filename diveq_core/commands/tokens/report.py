@@ -14,7 +14,8 @@ def as_json(found: dict[str, Any]) -> str:
 
 def as_lines(found: dict[str, Any]) -> str:
     """A few lines."""
-    lines = _fitted(found) if found["command"] in ("fit", "inspect") else _coded(found)
+    kinds = {"fit": _fitted, "inspect": _fitted, "export": _exported}
+    lines = kinds.get(found["command"], _coded)(found)
     return "\n".join([*lines, f"{found['seconds']:.1f} s in all"])
 
 
@@ -28,6 +29,10 @@ def _coded(found: dict[str, Any]) -> list[str]:
     if found["vectors"] > found["resumed_at"]:
         lines.append(f"{found['vectors_per_second']:,.0f} vectors/s")
     return lines
+
+
+def _exported(found: dict[str, Any]) -> list[str]:
+    return [f"{found[name]['path']}: the {name}, {found[name]['nodes']} nodes" for name in ("encoder", "decoder")]
 
 
 def _fitted(found: dict[str, Any]) -> list[str]:

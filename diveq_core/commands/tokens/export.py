@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import diveq_numpy
 from diveq_core.arrays import search
-from diveq_core.commands.terminal import UsageError
+from diveq_core.commands.terminal import check_output
+from diveq_core.commands.tokens.errors import DataError, RunError
 from diveq_core.layers import file, hard
 from diveq_core.layers.run import Step, decoded
 from diveq_core.layers.words import words
@@ -33,29 +35,33 @@ def decoder_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.decoder{path.suffix}")
 
 
-def export(tokenizer: Tokenizer, path: Path) -> dict[str, int]:
-    """Write the encoder to a path and the decoder beside it, checked by onnxruntime; the number of their nodes.
+def export(tokenizer: Tokenizer, path: Path) -> dict[str, Any]:
+    """Write the encoder to a path and the decoder beside it, checked by onnxruntime; their paths and numbers of nodes.
 
     Raises
     ------
-    UsageError
-        If a package is missing, or the tokenizer is one of a curve, whose search is no graph yet.
-    RuntimeError
+    DataError
+        If a package is missing, or the tokenizer is one of a curve, whose search is no graph.
+    RunError
         If onnxruntime gives other tokens than NumPy; nothing is written then.
     """
+    begun = time.perf_counter()
+    check_output(DataError, "--out", path, ".onnx")
     encoder, decoder = graphs(tokenizer)
     check(tokenizer, encoder, decoder)
     # The encoder last: where it is, its decoder is too.
     file.write_whole(decoder_path(path), decoder.SerializeToString())
     file.write_whole(path, encoder.SerializeToString())
-    return {"encoder": len(encoder.graph.node), "decoder": len(decoder.graph.node)}
+    models = {"encoder": (path, encoder), "decoder": (decoder_path(path), decoder)}
+    written = {name: {"path": str(own), "nodes": len(model.graph.node)} for name, (own, model) in models.items()}
+    return {"command": "export", **written, "seconds": time.perf_counter() - begun}
 
 
 def graphs(tokenizer: Tokenizer) -> tuple[Any, Any]:
     """Encoder and decoder as models of ONNX, in the dtype that the tokenizer holds."""
     onnx, settings, arrays = _package("ndonnx"), tokenizer.settings, tokenizer.arrays
     if settings.on_curve:
-        raise UsageError("export: TOKENIZER must not be one of a curve, whose search is no graph, got SFDiVeQDetach")
+        raise DataError("TOKENIZER must not be one of a curve, whose search is no graph, got SFDiVeQDetach")
     dtype = next(iter(arrays.values())).dtype if arrays else np.dtype(np.float32)
     state = {name: onnx.asarray(x) for name, x in arrays.items()}
     z = onnx.argument(shape=("N", settings.dim), dtype=getattr(onnx, dtype.name))
@@ -84,7 +90,7 @@ def check(tokenizer: Tokenizer, encoder: Any, decoder: Any) -> None:
     words = rows.decode(tokens)
     given = vectors.run(None, {"tokens": tokens})[0]
     if not np.allclose(given, words, rtol=1e-5, atol=1e-6 * float(np.abs(words).max())):
-        raise RuntimeError("export: onnxruntime must decode as NumPy does, got other vectors")
+        raise RunError("onnxruntime must decode as NumPy does, got other vectors")
     # About codewords, some very near, some far; and what is not finite.
     reach = 10.0 ** rng.uniform(-3, 1, (_CHECKED, 1)) * words.std()
     z = (words + reach * rng.standard_normal(words.shape)).astype(words.dtype)
@@ -93,7 +99,7 @@ def check(tokenizer: Tokenizer, encoder: Any, decoder: Any) -> None:
         expected = rows.encode(some)
         apart = int(np.sum(code.run(None, {"z": some})[0] != expected))
         if apart > _TIES * expected.size:
-            raise RuntimeError(f"export: onnxruntime must give NumPy's tokens, got {apart} others of {expected.size}")
+            raise RunError(f"onnxruntime must give NumPy's tokens, got {apart} others of {expected.size}")
 
 
 def _constants(onnx: ModuleType, words: search.Prepared) -> search.Prepared:
@@ -106,4 +112,4 @@ def _package(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise UsageError(f"export needs {name}; pip install 'diveq-core[onnx]'") from None
+        raise DataError(f"it needs {name}; pip install 'diveq-core[onnx]'") from None
