@@ -220,3 +220,12 @@ def test_messages(tmp_path):
         assert result.stderr.count("\n") == 1
         assert f"fit: {message}" in result.stderr or message in result.stderr
     assert not out.exists()
+
+
+def test_the_picture_draws_vectors_of_all_the_data():
+    from diveq_core.commands.tokens.picture import drawn
+
+    # A sample is in the order of the data, here of two parts that lie apart.
+    sample = np.repeat([[0.0], [1.0]], 5000, axis=0)
+    assert drawn(sample).mean() == 0.5
+    np.testing.assert_array_equal(drawn(sample[:3]), sample[:3])

@@ -86,13 +86,18 @@ def _courses(axes: Any, courses: list[list[float]], figures: Figures | None) -> 
         axes.legend(fontsize=8, frameon=False)
 
 
+def drawn(sample: np.ndarray) -> np.ndarray:
+    """Some vectors of a sample, from all of it: it is in the order of the data, the first of which may be alike."""
+    return sample[np.linspace(0, len(sample) - 1, min(_DRAWN, len(sample))).astype(int)]
+
+
 def _directions(axes: Any, tokenizer: Tokenizer, figures: Figures | None, sample: np.ndarray | None) -> None:
     """The first codebook and the vectors, in the two directions in which these, or codewords, spread most."""
     codebook = tokenizer.codebook
     book = codebook.reshape(-1, *codebook.shape[-2:])[0].astype(np.float64)
     settings = tokenizer.settings
     alike = sample is not None and not settings.projected and not settings.cosine
-    vectors = sample[:_DRAWN, : book.shape[1]].astype(np.float64) if alike and sample is not None else book
+    vectors = drawn(sample)[:, : book.shape[1]].astype(np.float64) if alike and sample is not None else book
     centre = vectors.mean(axis=0)
     _, sizes, directions = np.linalg.svd(vectors - centre, full_matrices=False)
     # Of one entry or one vector there is one direction.
