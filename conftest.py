@@ -33,15 +33,14 @@ OPTIONAL = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Examples of one document build on each other, so workers must not share them out."""
+    """Examples of one document build on each other, and tests of one file on the same programs: a worker has all."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByDocument(LoadScopeScheduling):
+    class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            document, _, example = nodeid.partition("::line:")
-            return document if example else nodeid
+            return nodeid.partition("::")[0]
 
-    return ByDocument(config, log) if config.getvalue("dist") == "load" else None
+    return ByFile(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
