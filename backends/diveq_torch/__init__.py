@@ -222,7 +222,12 @@ class TorchBackend(Backend):
     def search(self, z: torch.Tensor, codebook: torch.Tensor | Prepared) -> torch.Tensor:
         words = codebook.codebook if isinstance(codebook, Prepared) else codebook.detach()
         z = z.detach()
-        return nearest_plain(z, codebook) if _is_plain(z, words) else nearest_rows(z, words)
+        if _is_plain(z, words):
+            return nearest_plain(z, codebook)
+        # A custom operator does not look, and one whose memory is not there is read all the same.
+        if z.device != words.device:
+            raise ValueError(f"nearest: z and codebook must be on one device, got {z.device} and {words.device}")
+        return nearest_rows(z, words)
 
     def bind(
         self,

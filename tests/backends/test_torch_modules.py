@@ -86,6 +86,11 @@ class TestModules:
         assert out.z_q.shape == (4, 3)
         assert out.indices.shape == (4,)
         assert out.z_q.device.type == "meta"
+        # Beside values they are refused: their memory is not there.
+        for x, words in ((torch.zeros(4, 3), codebook), (z, torch.zeros(5, 3))):
+            for held in (words, dq.prepare(words)):
+                with pytest.raises(ValueError, match=f"nearest: .* one device, got {x.device} and {words.device}"):
+                    dq.nearest(x, held)
         # Nor under a mode that only looks at shapes.
         from torch._subclasses import FakeTensorMode
 

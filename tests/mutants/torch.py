@@ -5,6 +5,12 @@ from __future__ import annotations
 from mutants.mutant import Mutant, bound, second, verbs
 
 MUTANTS = (
+    Mutant(
+        "torch: devices not compared",
+        "if z.device != words.device:",
+        "if False:",
+        "test_torch_modules.py no_values_needed",
+    ),
     Mutant("torch: nothing is held constant", "return x.detach()", "return x + 0", second("DiVeQ")),
     Mutant(
         "torch: gradients of a custom radius swapped",
