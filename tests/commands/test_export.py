@@ -21,7 +21,7 @@ def _words(*shape: int, offset: float = 0.0) -> np.ndarray:
 
 _COPIES = np.concatenate([_words(20, 4), _words(20, 4)])
 TOKENIZERS: dict[str, Any] = {
-    "one codeword": lambda: dq.Tokenizer(_words(1, 3)),
+    "one codeword, whose sums overflow": lambda: dq.Tokenizer(_words(1, 3) * np.float32(5e37)),
     "copies and an offset": lambda: dq.Tokenizer(_COPIES + 100),
     "groups of stages": lambda: dq.Tokenizer(_words(2, 2, 16, 3), dq.Product(dq.Residual(dq.STE(), 2), 2)),
     "cosine, float64": lambda: dq.Tokenizer(_words(64, 5).astype(float), cosine=True),
