@@ -23,7 +23,7 @@ WRITTEN = PAGE.read_text(encoding="utf-8")
 # Words of the cells, what one derives from, what is given to a call rather than called, and what takes no array.
 NO_ROW = {
     *("quantize", "vjp", "jvp", "decode", "Backend", "Quantizer", "Estimator", "Radius", "register"),
-    *("optional_kernels", "set_optional_kernels", "layers"),
+    *("optional_kernels", "set_optional_kernels", "layers", "Prepared"),
 }
 
 

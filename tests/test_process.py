@@ -183,6 +183,7 @@ def test_a_broken_optional_package_is_no_hindrance(kind: str, tmp_path, monkeypa
 
 
 def test_an_optional_package_that_is_hidden_is_absent():
+    pytest.importorskip("torch")
     code = """
         import sys
         import numpy as np

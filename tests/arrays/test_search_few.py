@@ -9,7 +9,7 @@ import pytest
 from test_search_accuracy import EXTENDED, KINDS, SHAPES, check, drawn
 
 import diveq_core as dq
-from diveq_numpy import few
+from diveq_numpy import backend, few
 from libraries import library_named
 
 
@@ -17,7 +17,7 @@ def nearest(z: np.ndarray, codebook: np.ndarray, product: Any = np.matmul) -> np
     """What the search for few finds, or None where it leaves the vectors to another."""
     found = np.full(len(z), -7)
     with np.errstate(all="ignore"):
-        return found if few.search(z, codebook, product, found) else None
+        return found if few.search(z, backend.prepare(codebook), product, found) else None
 
 
 def exact(z: np.ndarray, codebook: np.ndarray) -> np.ndarray:
