@@ -153,7 +153,8 @@ class Single(Quantizer):
         xp = lib.xp
         lost = indices == -1
         # By an operation, since the number of vectors may be open.
-        entries = xp.expand_dims(lost, axis=-1) | xp.zeros((width,), dtype=lib.bool_dtype, **lib.place(indices))
+        none = xp.zeros((*(1,) * indices.ndim, width), dtype=lib.bool_dtype, **lib.place(indices))
+        entries = xp.expand_dims(lost, axis=-1) | none
         return entries, xp.where(lost, xp.zeros_like(indices), indices)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,15 +63,25 @@ def _folder(problem: Problem) -> Path:
     load("safetensors")
     if problem.device != "cpu" or problem.dtype != "float32":
         raise UnavailableError("files are timed in float32 on the CPU only")
-    held = _written(problem)
-    return Path(held.name)
+    return _written(problem)
+
+
+_made: list[Path] = []
+
+
+@atexit.register
+def _remove() -> None:
+    while _made:
+        shutil.rmtree(_made.pop(), ignore_errors=True)
 
 
 @functools.lru_cache(maxsize=1)
-def _written(problem: Problem) -> tempfile.TemporaryDirectory:
+def _written(problem: Problem) -> Path:
     """The vectors and a tokenizer in a folder that lasts as long as the process, or the next problem."""
-    held = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    _remove()
+    folder = Path(tempfile.mkdtemp())
+    _made.append(folder)
     z, codebook, _ = arrays(problem, "numpy")
-    np.save(Path(held.name) / "z.npy", z)
-    dq.Tokenizer(codebook).save(Path(held.name) / "tok.safetensors")
-    return held
+    np.save(folder / "z.npy", z)
+    dq.Tokenizer(codebook).save(folder / "tok.safetensors")
+    return folder
