@@ -35,8 +35,13 @@ def test_our_estimators(estimator: dq.Estimator) -> None:
     testing.check_estimator(estimator)
 
 
-@pytest.mark.parametrize("name", ["torch", "jax"])
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(("torch", np.float64), ("torch", np.float32), ("jax", np.float32)),
+        pytest.param("jax", np.float64, marks=pytest.mark.slow),
+    ],
+)
 def test_our_own_libraries_are_ports(name: str, dtype: Any) -> None:
     pytest.importorskip(name)
     for estimator in ESTIMATORS:

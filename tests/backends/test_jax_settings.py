@@ -35,10 +35,8 @@ def _strict_promotion():
 
 @pytest.mark.parametrize(
     "setting",
-    [
-        "disable_jit",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("enable_x64", "checking_leaks")),
-    ],
+    # The table of transformations has the first of them for each estimator.
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("disable_jit", "enable_x64", "checking_leaks")],
 )
 def test_every_call(setting: str):
     library = library_named("jax")

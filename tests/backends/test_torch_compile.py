@@ -146,11 +146,19 @@ TRANSFORMS = {
     "vmap of grad": lambda f, z: torch.func.vmap(torch.func.grad(lambda z: (f(z) ** 3).sum()))(z),
     "hessian": lambda f, z: torch.func.hessian(lambda z: (f(z) ** 3).sum())(z),
 }
+_LONG = (("hessian", "aot_eager"), ("jacfwd", "aot_eager"))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        # Compiled for half a minute and more.
+        pytest.param(name, backend, marks=pytest.mark.slow if (name, backend) in _LONG else ())
+        for name in TRANSFORMS
+        for backend in ("eager", "aot_eager")
+    ],
+)
 def test_transforms_inside_a_compiled_function(name: str, backend: str):
     """All in one graph: compiling each by itself takes as long for each."""
     torch._dynamo.reset()

@@ -44,7 +44,7 @@ class TestTheCodebookIsOverwritten:
         assert_equal(z.grad, pullback(g)[0], **CLOSE)
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
     def test_in_a_compiled_function(self, backend: str):
         """All in one graph: compiling each by itself takes as long for each."""
         if backend == "inductor" and not (shutil.which("g++") or shutil.which("clang++")):
