@@ -70,8 +70,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    # By XLA's other code generator, which takes half as long for as good a program. A flag that a version does not know
-    # ends the process.
+    # By XLA's older code generator, which takes less time for small programs. A flag that a version does not know ends
+    # the process.
     if importable("jax") and metadata.version("jax").startswith("0.10."):
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 

@@ -42,13 +42,10 @@ class DaskBackend(Backend):
         return x
 
     def search(self, z: da.Array, codebook: da.Array) -> da.Array:
-        found = da.blockwise(
-            _nearest, "n", _whole_rows(z), "nd", codebook.rechunk(-1), "kd", concatenate=True, meta=_like(z, np.int64)
-        )
-        return found
+        words = codebook.rechunk(-1)
+        return da.blockwise(_nearest, "n", _whole_rows(z), "nd", words, "kd", concatenate=True, meta=_like(z, np.int64))
 
     def take_rows(self, codebook: da.Array, indices: da.Array) -> da.Array:
-        # Of all entries, where the lookup needs but the rows: a codebook is one block.
         words = codebook.rechunk(-1)
         return da.blockwise(
             _lookup, "nd", indices, "n", words, "kd", concatenate=True, meta=_like(codebook, codebook.dtype, 2)

@@ -117,7 +117,9 @@ class Step:
         lib, settings = self.lib, self.settings
         x = lib.stop_gradient(self.enter(False)[0])
         refuse = settings.not_finite == "refuse"
-        if books is not None and not refuse:
+        if books is not None:
+            # What was prepared is finite.
+            refuse_not_finite(lib, self.function, refuse, z=x)
             return self._marked(hard.tokens(lib, settings, x, books))
         book, _ = words(lib, settings, self.state)
         book = book if book is None else lib.stop_gradient(book)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import hashlib
 import importlib.util
 import time
@@ -41,14 +39,12 @@ def load(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.load(path)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise DataError(f"TOKENIZER must be a file that fit or a tokenizer's save wrote: {error}") from None
-    of_rows = copy.copy(tokenizer)
-    of_rows.settings = dataclasses.replace(tokenizer.settings, channel_axis=-1, not_finite="mark")
-    if of_rows.settings.on_curve and of_rows.position_bits is None:
+    if tokenizer.settings.on_curve and tokenizer.position_bits is None:
         raise DataError(
             f"TOKENIZER must give integers, got a curve without position_bits in {path}, whose tokens have a real "
             "position; Tokenizer(..., position_bits=8) rounds it"
         )
-    return of_rows
+    return tokenizer.of_rows()
 
 
 def token_dtype(tokenizer: Tokenizer, *, marks: bool) -> np.dtype:

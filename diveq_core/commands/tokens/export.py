@@ -6,7 +6,6 @@ The encoder takes vectors (N, D) and gives tokens, the decoder takes tokens and 
 from __future__ import annotations
 
 import importlib
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +60,7 @@ def graphs(tokenizer: Tokenizer) -> tuple[Any, Any]:
     """Encoder and decoder as models of ONNX, in the dtype that the tokenizer holds."""
     onnx, settings, arrays = _package("ndonnx"), tokenizer.settings, tokenizer.arrays
     if settings.on_curve:
-        raise DataError("TOKENIZER must not be one of a curve, whose search is no graph, got SFDiVeQDetach")
+        raise DataError(f"TOKENIZER must not be one of a curve, whose search is no graph, got {settings.estimator}")
     dtype = next(iter(arrays.values())).dtype if arrays else np.dtype(np.float32)
     state = {name: onnx.asarray(x) for name, x in arrays.items()}
     z = onnx.argument(shape=("N", settings.dim), dtype=getattr(onnx, dtype.name))
@@ -69,7 +68,7 @@ def graphs(tokenizer: Tokenizer) -> tuple[Any, Any]:
     books = None
     if settings.searches:
         lib = diveq_numpy.backend
-        pieces = hard.prepared(lib, settings, words(lib, settings, arrays)[0])
+        pieces = hard.as_they_are(settings, words(lib, settings, arrays)[0])
         books = {own: (onnx.asarray(x), _constants(onnx, search.prepared(lib, x))) for own, (x, _) in pieces.items()}
     tokens = onnx.argument(shape=("N", *settings.axes), dtype=onnx.int64)
     given = Step("export", rows, state, z, None, whole=False).tokens(books)
@@ -77,7 +76,7 @@ def graphs(tokenizer: Tokenizer) -> tuple[Any, Any]:
     decoder = onnx.build({"tokens": tokens}, {"z_q": decoded(rows, state, tokens, None)})
     for model in (encoder, decoder):
         entry = model.metadata_props.add()
-        entry.key, entry.value = file.TOKENIZER, json.dumps(json.loads(file.to_text(settings)), sort_keys=True)
+        entry.key, entry.value = file.TOKENIZER, file.to_text(settings)
     return encoder, decoder
 
 
